@@ -1,0 +1,345 @@
+"""Every setting of a run, as frozen dataclasses; a field's docstring is its `--help`.
+
+This file imports no torch, so `--help` and a wrong setting answer at once. Presets are TOML files beside it
+(`presets/*.toml`) with the same names; command-line flags win over the preset, the preset over the defaults here.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from coars_fast.errors import ConfigError
+
+Objective = Literal["faithful", "clipped", "cispo", "gspo"]
+StageSensitivity = Literal["asym", "linear", "log", "none"]
+Excluded = Literal["recommender", "both", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldConfig:
+    """The synthetic world that the embedded default plays in (used when `data.path` is not given)."""
+
+    num_items: int = 600
+    """Titles in the catalogue."""
+    num_users: int = 900
+    """Users with a taste and a history."""
+    interactions_per_user: int = 20
+    """Length of every user's history."""
+    seed: int = 7
+    """Makes another world of the same kind."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Who is recommended what: the data set, its split and the candidates."""
+
+    path: str | None = None
+    """Folder of a MovieLens data set (`movies.csv` + `ratings.csv`, or `movies.dat` + `ratings.dat`). Default: the
+    synthetic world."""
+    candidates: str = "random9+gt"
+    """What the recommender chooses from. `topK`: SASRec's K best (truth possibly absent; the paper uses top20);
+    `topK+gt`: the same, truth in place of the K-th where absent; `randomK+gt`: the truth and K items that the user has
+    not seen. Figures of different modes are not comparable."""
+    history_length: int = 6
+    """How many of the latest items both agents are shown."""
+    num_peers: int = 5
+    """Similar users whose choices the user agent hears about."""
+    min_interactions: int = 5
+    """Users with fewer interactions are left out."""
+    train_targets: int = 1
+    """Items at the end of each user's history (before the test item) used as targets of training episodes. SASRec and
+    the peers see only what comes before them."""
+    num_eval_users: int = 150
+    """Users that the evaluation plays with, drawn by `eval_seed`."""
+    hold_out_users: bool = True
+    """Keep the evaluation's users out of the training episodes altogether."""
+    eval_seed: int = 1000
+    """Draws the evaluation's users, candidates and sampling noise; unrelated to `seed`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SASRecConfig:
+    """SASRec (arXiv 1808.09781): proposes candidates, and its user embeddings say who is similar to whom."""
+
+    num_epochs: int = 12
+    """Passes over the training part."""
+    hidden_size: int = 48
+    """Width of item embeddings and layers."""
+    num_layers: int = 2
+    """Self-attention blocks."""
+    num_heads: int = 2
+    """Attention heads."""
+    max_length: int = 50
+    """Latest items that the model sees."""
+    dropout: float = 0.2
+    """Dropout in training."""
+    batch_size: int = 128
+    """Users a step."""
+    learning_rate: float = 2e-3
+    """Adam's learning rate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The language model that both agents share, and the adapters that are trained."""
+
+    path: str | None = None
+    """Hugging Face folder or hub id of a Llama, Qwen2 or Qwen3 model (safetensors). Default: the shipped `tiny_base`."""
+    tokenizer: Literal["own", "catalogue"] = "own"
+    """`own`: the model's. `catalogue`: train a byte-level BPE on the catalogue's titles and start each new token's
+    embedding as the mean of the old tokens that spell it; needs `--warm-start`."""
+    tokenizer_size: int = 4096
+    """Vocabulary of a `catalogue` tokenizer."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Storage of the base weights; `auto`: float32 on a CPU, bfloat16 on a GPU. Adapters are always float32."""
+    device: str = "auto"
+    """`auto`: a CUDA device where there is one, otherwise the CPU."""
+    attention: Literal["auto", "flash_attn", "varlen_attn", "sdpa"] = "auto"
+    """Attention of the packed training batch. An explicit choice that cannot be met here is an error."""
+    lora_rank: int = 8
+    """Rank of both adapters."""
+    lora_alpha: float = 16.0
+    """LoRA scale is alpha / rank."""
+    gradient_checkpointing: bool = False
+    """Recompute each layer in the backward pass to save memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GameConfig:
+    """The conversation and its rewards (CoARS, Eq. 7 and 8)."""
+
+    max_turns: int = 3
+    """T: turns of an episode; a click ends it earlier."""
+    prompts: Literal["brief", "full"] = "brief"
+    """`full` explains the task and the reply format to a model that has never seen them; `brief` suits models trained on
+    them."""
+    alpha: float = 0.1
+    """How strongly similar peers temper the user's reward (Eq. 8)."""
+    stage: StageSensitivity = "asym"
+    """D_t, how the turn scales the recommender's reward: an early hit is worth more, a late miss costs more."""
+    exclude_accepted_misses: Excluded = "recommender"
+    """Whose reward leaves out turns in which a wrong item was accepted (the data cannot tell that it is unwanted)."""
+    balance_user_turns: bool = True
+    """Weight the user agent's turns so that hits and misses count equally in a batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How episodes are played for training."""
+
+    temperature: float = 1.0
+    """Sampling temperature; training assumes 1."""
+    max_reply_tokens: int = 40
+    """A reply that is longer is cut and counts as invalid."""
+    batch_size: int = 128
+    """Episodes played at the same time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Token credit and policy loss (CoARS, Eq. 10 to 12); the objective itself is `--objective`."""
+
+    credit_weight: float = 0.1
+    """lambda_SD: weight of the token credit. 0 skips the teacher."""
+    credit_clip: float = 1.0
+    """Bound of a token's credit."""
+    credit_center: bool = False
+    """Subtract each agent's mean credit over the batch."""
+    baseline: Literal["auto", "none", "batch"] = "auto"
+    """Subtracted from the turn rewards, per agent: `batch` is their weighted mean; `auto`: none for `faithful`, batch
+    otherwise."""
+    clip_low: float = 0.2
+    """The importance ratio is clipped at 1 - clip_low."""
+    clip_high: float = 0.2
+    """The importance ratio is clipped at 1 + clip_high."""
+    dual_clip: float | None = None
+    """Bound (above 1) on the ratio of negative advantages; off by default."""
+    kl_weight: float = 0.0
+    """Weight of the KL penalty to the frozen base (k3 estimator). 0 skips it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The optimization."""
+
+    num_steps: int = 60
+    """Training steps: each plays episodes, rewards them and updates both adapters."""
+    episodes_per_step: int = 128
+    """Episodes a step."""
+    group_size: int = 1
+    """Episodes of the same user and target within a step."""
+    minibatches: int = 1
+    """Updates per step, each on its share of the episodes."""
+    learning_rate: float = 4e-4
+    """AdamW's learning rate of the recommender's adapter."""
+    user_learning_rate_factor: float = 1.0
+    """The user agent's learning rate is this times the recommender's."""
+    warmup_steps: int = 5
+    """Steps over which the learning rate rises from 0."""
+    final_learning_rate: float = 0.1
+    """Share of the learning rate that is left at the last step (linear decay)."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    max_grad_norm: float = 1.0
+    """Each agent's gradient is scaled down to this norm."""
+    max_tokens: int = 65536
+    """Tokens in one forward pass, student and teacher together; larger batches are split."""
+    train_recommender: bool = True
+    """Update the recommender's adapter."""
+    train_user: bool = True
+    """Update the user agent's adapter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig:
+    """The warm start: supervised fine-tuning on conversations written from the training part (`--warm-start`)."""
+
+    num_steps: int = 600
+    """Supervised steps."""
+    batch_size: int = 64
+    """Conversations a step."""
+    learning_rate: float = 2e-3
+    """AdamW's learning rate."""
+    trainable: Literal["all", "adapters"] = "all"
+    """`all`: the base model itself (small models); `adapters`: both adapters only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is kept, and how often."""
+
+    every: int = 20
+    """Steps between checkpoints; the last step always writes one."""
+    keep: int = 2
+    """Checkpoints kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """The evaluation before and after training."""
+
+    every: int = 20
+    """Steps between short evaluations on held-out users for the learning curve (0: never)."""
+    num_samples: int = 1
+    """Sampled episodes per user (beside the greedy one)."""
+    num_bootstrap: int = 1000
+    """Resamples of users behind each 95% interval."""
+    num_disc_users: int = 60
+    """Users of the F1-disc test (20 items each, at 1:1, 1:3 and 1:9)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Train a recommender agent and a user agent, two LoRA adapters on one language model, from the conversations that
+    they have with each other (CoARS, arXiv 2604.10029). With no arguments it plays in a synthetic world with a small
+    shipped model and finishes in minutes on a laptop."""
+
+    preset: str = "cpu_tiny"
+    """Settings to start from: a name in `coars_fast/presets` or a path of a TOML file; flags win over it."""
+    out: str | None = None
+    """Run folder. Default: runs/<preset>-<date>-<time>."""
+    seed: int = 0
+    """Draws training episodes, sampling noise and adapter initialization."""
+    resume: str | None = None
+    """`auto`: go on from the newest checkpoint in `--out` (or start there); or the path of a run or checkpoint folder."""
+    objective: Objective = "clipped"
+    """`faithful`: exactly Eq. 11; `clipped`: importance ratio with clipping; `cispo`: clipped weight on the log-prob;
+    `gspo`: turn-level ratio."""
+    warm_start: bool = False
+    """Supervised fine-tuning on the training part before CoARS."""
+    data: DataConfig = field(default_factory=DataConfig)
+    world: WorldConfig = field(default_factory=WorldConfig)
+    sasrec: SASRecConfig = field(default_factory=SASRecConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    game: GameConfig = field(default_factory=GameConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CandidateMode:
+    """A parsed `data.candidates`."""
+
+    source: Literal["top", "random"]
+    size: int
+    """Candidates in all, the truth included where it is forced in."""
+    force_truth: bool
+
+
+def parse_candidates(text: str) -> CandidateMode:
+    """`top20`, `top20+gt` or `random19+gt` -> :class:`CandidateMode`; anything else is a :class:`ConfigError`."""
+    match = re.fullmatch(r"(top|random)([1-9]\d*)(\+gt)?", text)
+    if not match or (match[1] == "random" and not match[3]):
+        raise ConfigError(f"data.candidates: {text!r} is none of topK, topK+gt, randomK+gt (for example top20+gt)")
+    size = int(match[2]) + (1 if match[1] == "random" else 0)
+    if size < 2:
+        raise ConfigError(f"data.candidates: {text!r} leaves nothing to choose from; K must make at least 2 candidates")
+    return CandidateMode(source=match[1], size=size, force_truth=bool(match[3]))  # type: ignore[arg-type]
+
+
+def check(config: Config) -> None:
+    """Raise :class:`ConfigError` for a setting out of range or two that contradict each other, before any work."""
+    parse_candidates(config.data.candidates)
+    positive = {
+        "data.history_length": config.data.history_length,
+        "data.train_targets": config.data.train_targets,
+        "data.num_eval_users": config.data.num_eval_users,
+        "game.max_turns": config.game.max_turns,
+        "rollout.max_reply_tokens": config.rollout.max_reply_tokens,
+        "rollout.batch_size": config.rollout.batch_size,
+        "train.episodes_per_step": config.train.episodes_per_step,
+        "train.group_size": config.train.group_size,
+        "train.minibatches": config.train.minibatches,
+        "train.learning_rate": config.train.learning_rate,
+        "train.max_grad_norm": config.train.max_grad_norm,
+        "train.max_tokens": config.train.max_tokens,
+        "model.lora_rank": config.model.lora_rank,
+        "model.lora_alpha": config.model.lora_alpha,
+        "checkpoint.every": config.checkpoint.every,
+        "checkpoint.keep": config.checkpoint.keep,
+        "eval.num_bootstrap": config.eval.num_bootstrap,
+        "loss.credit_clip": config.loss.credit_clip,
+    }
+    for name, value in positive.items():
+        if not value > 0:
+            raise ConfigError(f"{name}: {value} must be above 0")
+    not_negative = {
+        "train.num_steps": config.train.num_steps,
+        "train.user_learning_rate_factor": config.train.user_learning_rate_factor,
+        "train.weight_decay": config.train.weight_decay,
+        "loss.kl_weight": config.loss.kl_weight,
+        "loss.clip_low": config.loss.clip_low,
+        "loss.clip_high": config.loss.clip_high,
+        "eval.every": config.eval.every,
+        "data.num_peers": config.data.num_peers,
+    }
+    for name, value in not_negative.items():
+        if not value >= 0:
+            raise ConfigError(f"{name}: {value} must not be negative")
+    if config.loss.clip_low >= 1:
+        raise ConfigError(f"loss.clip_low: {config.loss.clip_low} must be below 1")
+    if config.loss.dual_clip is not None and config.loss.dual_clip <= 1:
+        raise ConfigError(f"loss.dual_clip: {config.loss.dual_clip} must be above 1")
+    if config.train.episodes_per_step % config.train.group_size:
+        raise ConfigError(
+            f"train.group_size: {config.train.group_size} does not divide train.episodes_per_step "
+            f"({config.train.episodes_per_step})"
+        )
+    if config.train.minibatches > config.train.episodes_per_step:
+        raise ConfigError("train.minibatches: more minibatches than episodes_per_step")
+    if config.objective == "faithful" and config.train.minibatches > 1:
+        raise ConfigError("--objective faithful has no importance ratio: train.minibatches must be 1")
+    if config.rollout.temperature != 1.0:
+        raise ConfigError("rollout.temperature: training needs 1.0, other temperatures break the importance ratio")
+    if not (config.train.train_recommender or config.train.train_user):
+        raise ConfigError("train.train_recommender and train.train_user are both off: nothing would be trained")
+    if config.model.tokenizer == "catalogue" and not config.warm_start:
+        raise ConfigError("model.tokenizer: 'catalogue' makes new embeddings, which need --warm-start to learn")
+    if config.model.tokenizer == "catalogue" and config.sft.trainable != "all":
+        raise ConfigError("model.tokenizer: 'catalogue' makes new embeddings, which need --sft.trainable all")

@@ -1,0 +1,1 @@
+"""Catalogues, histories, splits, candidates and peers."""

@@ -1,0 +1,102 @@
+"""Plain records that the rest of the trainer reads; no torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """A catalogue and what its users took from it. Items and users are indices from 0."""
+
+    name: str
+    titles: tuple[str, ...]
+    """Title of item i; one line, white space folded, unique."""
+    sequences: tuple[tuple[int, ...], ...]
+    """Items of user u, oldest first, each item once."""
+    user_ids: tuple[str, ...]
+    """The data set's own name of user u."""
+    item_ids: tuple[str, ...]
+    """The data set's own name of item i."""
+
+    @property
+    def num_items(self) -> int:
+        return len(self.titles)
+
+    @property
+    def num_users(self) -> int:
+        return len(self.sequences)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What one episode is about: a user, what they took before, and the item that they took next."""
+
+    user: int
+    history: tuple[int, ...]
+    """Latest items shown to both agents, oldest first; never holds `target`."""
+    target: int
+    """The held-out next item: the truth."""
+    candidates: tuple[int, ...]
+    """Items to choose from, shuffled; position p is shown as number p + 1."""
+    peer_counts: tuple[int, ...]
+    """For each candidate, how many of the user's peers took it (in the training part)."""
+    num_peers: int
+    peer_similarity: float
+    """q of Eq. 8: mean cosine similarity between the user and these peers, in [-1, 1]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscriminationTask:
+    """F1-disc: 20 items, some of which the user took, to be judged one by one."""
+
+    user: int
+    history: tuple[int, ...]
+    items: tuple[int, ...]
+    labels: tuple[bool, ...]
+    peer_counts: tuple[int, ...]
+    num_peers: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedTurn:
+    """One reply inside a trajectory."""
+
+    fork: int
+    """Position at which the teacher's branch leaves the sequence."""
+    start: int
+    """Position of the first sampled token."""
+    end: int
+    """One past the last sampled token."""
+    reward: float
+    """R_t; 0 where there is none (weight 0)."""
+    weight: float
+    """Importance of the turn before normalization; 0: excluded."""
+    reference: tuple[int, ...]
+    """Tokens of the branch before the reply: d_t and the repeated role header."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """One agent's view of an episode."""
+
+    episode: int
+    """Number of the episode, for error messages."""
+    agent: int
+    tokens: tuple[int, ...]
+    behaviour_logp: tuple[float, ...]
+    """Log-probs of the sampled tokens of all turns, one after the other."""
+    turns: tuple[TrainedTurn, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that one step computes for it: its own, and the teacher's re-prefills."""
+        return len(self.tokens) + sum(t.fork + len(t.reference) + t.end - t.start for t in self.turns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """A sequence for supervised learning: tokens [L] and, for each, whether it is to be predicted."""
+
+    tokens: list[int]
+    is_answer: list[bool]

@@ -1,0 +1,232 @@
+"""What is played: tasks of training and evaluation episodes, discrimination tests and warm-start conversations.
+
+A task is a function of (seed, user, target position), and of the epoch in training: asking twice, elsewhere or after a
+resume gives the same one. :class:`TaskMaker` makes single tasks, :class:`TaskSource` says which ones a run plays.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+
+from coars_fast.config import Config, DataConfig, parse_candidates
+from coars_fast.data.peers import Peers
+from coars_fast.data.records import Dataset, DiscriminationTask, Task
+from coars_fast.data.sasrec import SASRec, full_ranking
+from coars_fast.data.splits import Purpose, Split, keyed_rng, make_split, train_order
+from coars_fast.errors import ConfigError, DataError
+
+DISC_ITEMS = 20
+"""Items of a discrimination task."""
+_BLOCK = 256
+_WARM_START_POSITION = 3  # a conversation about a shorter history teaches little
+
+
+class TaskMaker:
+    """Makes tasks of a split: the shown history, the candidates by `data.candidates`, the peers."""
+
+    def __init__(self, dataset: Dataset, split: Split, config: DataConfig, sasrec: SASRec):
+        if sasrec.num_items != dataset.num_items:
+            raise DataError(
+                f"SASRec knows {sasrec.num_items} items, {dataset.name} has {dataset.num_items}; train it again"
+            )
+        self.dataset, self.split, self.sasrec = dataset, split, sasrec
+        self.mode = parse_candidates(config.candidates)
+        self.history_length = config.history_length
+        self._peers = Peers(
+            sasrec.user_embeddings(split.train_sequences),
+            split.train_sequences,
+            split.train_users,
+            num_items=dataset.num_items,
+            num_peers=config.num_peers,
+        )
+        self._best: dict[tuple[int, int], np.ndarray] = {}
+
+    def task(self, user: int, position: int, rng: np.random.Generator, *, random_candidates: bool = False) -> Task:
+        """The episode whose target stands at `position` (from 1) of the user's sequence.
+
+        Args:
+            rng: draws random candidates and the order in which candidates are shown.
+            random_candidates: the truth and random items, whatever `data.candidates` says (the warm start, where
+                SASRec has seen the target).
+
+        Raises:
+            DataError: the catalogue holds too few other items for this user.
+        """
+        sequence = self.split.sequences[user]
+        target = sequence[position]
+        if self.mode.source == "random" or random_candidates:
+            chosen = [target, *self._never_taken(user, self.mode.size - 1, rng)]
+        else:
+            chosen = self._top(user, position)
+            if self.mode.force_truth and target not in chosen:
+                chosen[-1] = target
+            chosen.sort()  # so that a tie between scores cannot change the order that is shown
+        candidates = [chosen[i] for i in rng.permutation(len(chosen)).tolist()]
+        peers, similarity = self._peers.nearest(user)
+        return Task(
+            user=user,
+            history=sequence[max(0, position - self.history_length) : position],
+            target=target,
+            candidates=tuple(candidates),
+            peer_counts=self._peers.counts(peers, candidates),
+            num_peers=len(peers),
+            peer_similarity=similarity,
+        )
+
+    def discrimination_task(self, user: int, num_positive: int, rng: np.random.Generator) -> DiscriminationTask | None:
+        """20 items: the test target, other items that the user took but that the shown history lacks, and items never
+        taken, shuffled. None if the user took too few."""
+        sequence, position = self.split.sequences[user], self.split.test_position(user)
+        start = max(0, position - self.history_length)
+        older = np.array(sequence[:start], dtype=np.int64)
+        if len(older) < num_positive - 1:
+            return None
+        positive = [sequence[position], *rng.choice(older, num_positive - 1, replace=False).tolist()]
+        items = positive + self._never_taken(user, DISC_ITEMS - num_positive, rng)
+        order = rng.permutation(DISC_ITEMS).tolist()
+        shown = [items[i] for i in order]
+        peers, _ = self._peers.nearest(user)
+        return DiscriminationTask(
+            user=user,
+            history=sequence[start:position],
+            items=tuple(shown),
+            labels=tuple(i < num_positive for i in order),
+            peer_counts=self._peers.counts(peers, shown),
+            num_peers=len(peers),
+        )
+
+    def _never_taken(self, user: int, count: int, rng: np.random.Generator) -> list[int]:
+        """`count` different items that the user took at no time, test target and training targets included."""
+        free = np.ones(self.dataset.num_items, dtype=bool)
+        free[list(self.split.sequences[user])] = False
+        pool = np.flatnonzero(free)
+        if len(pool) < count:
+            raise DataError(
+                f"{self.dataset.name}: user {self.dataset.user_ids[user]} took all but {len(pool)} of "
+                f"{self.dataset.num_items} items, {count} others are needed; make data.candidates smaller"
+            )
+        return rng.choice(pool, count, replace=False).tolist()
+
+    def _top(self, user: int, position: int) -> list[int]:
+        """SASRec's best `mode.size` items for what the user took before `position`, best first. Scored for blocks of
+        users at the same distance from the end, and remembered."""
+        offset = len(self.split.sequences[user]) - position
+        number, row = divmod(user, _BLOCK)
+        if (offset, number) not in self._best:
+            self._best[offset, number] = self._best_of_block(offset, number)
+        return self._best[offset, number][row].tolist()
+
+    def _best_of_block(self, offset: int, number: int) -> np.ndarray:
+        """[users of the block, mode.size] items."""
+        histories = [s[:-offset] for s in self.split.sequences[number * _BLOCK : (number + 1) * _BLOCK]]
+        scores = self.sasrec.score(histories)
+        for row, history in enumerate(histories):
+            if self.dataset.num_items - len(history) < self.mode.size:
+                user = self.dataset.user_ids[number * _BLOCK + row]
+                raise DataError(
+                    f"{self.dataset.name}: user {user} took {len(history)} of {self.dataset.num_items} items, too few "
+                    f"are left for {self.mode.size} candidates; make data.candidates smaller"
+                )
+            scores[row, list(history)] = -np.inf
+        return np.argsort(-scores, axis=1, kind="stable")[:, : self.mode.size]
+
+
+class TaskSource:
+    """The tasks of a run. `config.seed` draws the training's, `config.data.eval_seed` the evaluation's."""
+
+    def __init__(self, dataset: Dataset, config: Config, sasrec: SASRec):
+        """`sasrec` must have been trained on `make_split(dataset, config.data).train_sequences`."""
+        self.config = config
+        self.split = make_split(dataset, config.data)
+        self.maker = TaskMaker(dataset, self.split, config.data, sasrec)
+        self.disc_skipped: dict[int, int] = {}
+        """ratio -> evaluation users that :meth:`disc_tasks` passed over because they took too few items."""
+
+    def train_tasks(self, step: int) -> list[Task]:
+        """`train.episodes_per_step` tasks of this step (from 0), the `group_size` copies of each side by side."""
+        group_size = self.config.train.group_size
+        targets = train_order(
+            self.split, seed=self.config.seed, step=step, n=self.config.train.episodes_per_step // group_size
+        )
+        tasks = [
+            self.maker.task(user, position, keyed_rng(Purpose.TRAIN_TASK, self.config.seed, user, position, epoch))
+            for epoch, user, position in targets
+        ]
+        return [task for task in tasks for _ in range(group_size)]
+
+    @cached_property
+    def eval_tasks(self) -> list[Task]:
+        """One task per evaluation user, about the test target; the first n are a random sample too."""
+        tasks = []
+        for user in self.split.eval_users:
+            position = self.split.test_position(user)
+            rng = keyed_rng(Purpose.EVAL_TASK, self.config.data.eval_seed, user, position)
+            tasks.append(self.maker.task(user, position, rng))
+        return tasks
+
+    def disc_tasks(self, ratio: int) -> list[DiscriminationTask]:
+        """Discrimination tasks with `ratio` negatives per positive (1: 10/10, 3: 5/15, 9: 2/18) of the first
+        `eval.num_disc_users` evaluation users who took enough items.
+
+        Raises:
+            DataError: no evaluation user took enough.
+        """
+        if ratio < 1 or DISC_ITEMS % (1 + ratio):
+            raise ValueError(f"ratio: {ratio} must be 1, 3, 4, 9 or 19 to split {DISC_ITEMS} items")
+        tasks, skipped = [], 0
+        for user in self.split.eval_users:
+            if len(tasks) == self.config.eval.num_disc_users:
+                break
+            rng = keyed_rng(Purpose.DISCRIMINATION, self.config.data.eval_seed, user, ratio)
+            task = self.maker.discrimination_task(user, DISC_ITEMS // (1 + ratio), rng)
+            if task is None:
+                skipped += 1
+            else:
+                tasks.append(task)
+        self.disc_skipped[ratio] = skipped
+        if not tasks and self.config.eval.num_disc_users > 0:
+            raise DataError(
+                f"{self.maker.dataset.name}: no evaluation user took {DISC_ITEMS // (1 + ratio)} items beside the "
+                f"{self.config.data.history_length} shown; lower data.history_length or raise data.min_interactions"
+            )
+        return tasks
+
+    def warm_start_tasks(self, step: int, n: int) -> list[Task]:
+        """n tasks for supervised fine-tuning: training users, targets inside their training parts, random candidates.
+
+        Raises:
+            ConfigError: no training part has more than 3 items.
+        """
+        parts = self.split.train_sequences
+        users = [user for user in self.split.train_users if len(parts[user]) > _WARM_START_POSITION]
+        if not users:
+            raise ConfigError(
+                f"data.min_interactions: the warm start needs training parts of more than {_WARM_START_POSITION} "
+                f"items, this data set has none at data.train_targets = {self.split.train_targets}"
+            )
+        rng = keyed_rng(Purpose.WARM_START, self.config.seed, step)
+        tasks = []
+        for user in rng.choice(users, n, replace=n > len(users)).tolist():
+            position = int(rng.integers(_WARM_START_POSITION, len(parts[user])))
+            tasks.append(self.maker.task(user, position, rng, random_candidates=True))
+        return tasks
+
+    @cached_property
+    def hit_ceiling(self) -> float:
+        """HR@K of the evaluation's candidates: the share of tasks that hold the truth, and so the best Hit@1."""
+        return float(np.mean([task.target in task.candidates for task in self.eval_tasks]))
+
+    @cached_property
+    def sasrec_top1_hit(self) -> float:
+        """Hit@1 of SASRec's best candidate on the evaluation's tasks (ties: the one shown first)."""
+        scores = self.maker.sasrec.score([self.split.sequences[task.user][:-1] for task in self.eval_tasks])
+        best = [row[list(task.candidates)].argmax() for row, task in zip(scores, self.eval_tasks, strict=True)]
+        return float(np.mean([t.candidates[b] == t.target for b, t in zip(best, self.eval_tasks, strict=True)]))
+
+    @cached_property
+    def sasrec_metrics(self) -> dict[str, float]:
+        """SASRec's own check: `hr@10` and `ndcg@10` of all users' test targets, ranked among all items not taken."""
+        histories = [sequence[:-1] for sequence in self.split.sequences]
+        return full_ranking(self.maker.sasrec, histories, [sequence[-1] for sequence in self.split.sequences])

@@ -1,0 +1,179 @@
+"""Evaluate both agents on held-out users: conversations (greedy and sampled) and the F1-disc test of the user agent.
+
+    python -m coars_fast.evaluate RUN            # the adapters of a finished or running run
+
+Figures and protocol are DESIGN section 8's: Hit@1 of the last recommendation, F1-loop per turn, F1-disc on 20 items at 1:1,
+1:3 and 1:9, all with 95% bootstrap intervals over users. No reference is ever written here, and nothing is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from coars_fast.config import Config
+from coars_fast.data.records import DiscriminationTask
+from coars_fast.game.episode import USER, Episode, Reply, judgement_prompt
+from coars_fast.game.metrics import (
+    CONVERSATION,
+    DISCRIMINATION,
+    Interval,
+    Metric,
+    Resampler,
+    Table,
+    episode_counts,
+    f1,
+    label_name,
+    table,
+)
+from coars_fast.game.prompts import parse_judgement
+from coars_fast.rollout.play import Sampler, play
+from coars_fast.build import Parts
+
+RATIOS = (1, 3, 9)
+ALWAYS_YES = {1: 0.667, 3: 0.400, 9: 0.182}
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Counts per user of every part; figures are made from them, alone or paired with another evaluation's."""
+
+    tables: dict[str, Table]
+    """By part: `greedy`, `sampled`, `disc@1:1`, ..."""
+    episodes: list[Episode]
+    """The greedy conversations."""
+
+    def metrics(self, config: Config) -> dict[str, Interval]:
+        """Every metric by its public name with its interval."""
+        return {name: sampler.interval(counts, metric) for name, counts, metric, sampler in self._each(config)}
+
+    def difference(self, before: Evaluation, config: Config) -> dict[str, Interval]:
+        """This minus `before`, paired by user."""
+        old = {name: counts for name, counts, _, _ in before._each(config)}
+        return {
+            name: sampler.difference(old[name], counts, metric) for name, counts, metric, sampler in self._each(config)
+        }
+
+    def _each(self, config: Config) -> list[tuple[str, Table, Metric, Resampler]]:
+        found = []
+        for part, counts in self.tables.items():
+            sampler = Resampler(len(next(iter(counts.values()))), config.eval.num_bootstrap, config.data.eval_seed)
+            if part.startswith("disc"):
+                metrics, suffix = DISCRIMINATION, part.removeprefix("disc")
+            else:
+                metrics, suffix = CONVERSATION, "" if part == "greedy" else "_sampled"
+            found += [(name + suffix, counts, metric, sampler) for name, metric in metrics.items()]
+        return found
+
+
+def evaluate(parts: Parts, config: Config, *, short: bool = False, progress: Progress | None = None) -> Evaluation:
+    """Play and judge with the model as it is.
+
+    Args:
+        parts: model, data and templates.
+        config: the run's settings.
+        short: greedy conversations only, as for a learning curve.
+        progress: called with (part, done, of).
+    """
+    parts.decoder.eval()
+
+    def report(part: str) -> Callable[[int, int], None]:
+        return lambda done, of: progress(part, done, of) if progress else None
+
+    greedy = _conversations(parts, config, 0.0, 0, report("greedy"))
+    tables = {"greedy": table([episode_counts(episode) for episode in greedy])}
+    if not short:
+        rows: list[dict[str, float]] = [dict.fromkeys(tables["greedy"], 0.0) for _ in greedy]
+        for sample in range(config.eval.num_samples):
+            for row, episode in zip(rows, _conversations(parts, config, 1.0, 1 + sample, report("sampled")), strict=True):
+                for name, count in episode_counts(episode).items():
+                    row[name] += count
+        if config.eval.num_samples:
+            tables["sampled"] = table(rows)
+        for ratio in RATIOS:
+            tasks = parts.tasks.disc_tasks(ratio)[: config.eval.num_disc_users]
+            if tasks:
+                tables[f"disc@1:{ratio}"] = table(discriminate(parts, config, tasks, report(f"disc 1:{ratio}")))
+    return Evaluation(tables, greedy)
+
+
+def _conversations(
+    parts: Parts, config: Config, temperature: float, sample: int, progress: Callable[[int, int], None]
+) -> list[Episode]:
+    episodes = [parts.episode(task) for task in parts.tasks.eval_tasks]
+    play(
+        parts.decoder,
+        episodes,
+        seed=config.data.eval_seed * 1009 + sample,
+        temperature=temperature,
+        max_reply_tokens=config.rollout.max_reply_tokens,
+        batch_size=config.rollout.batch_size,
+        resample_invalid=True,
+        progress=progress,
+    )
+    return episodes
+
+
+@torch.no_grad()
+def discriminate(
+    parts: Parts, config: Config, tasks: Sequence[DiscriminationTask], progress: Callable[[int, int], None]
+) -> list[dict[str, float]]:
+    """F1-disc: the user agent judges each item alone, greedily; an unreadable reply is drawn once more, then wrong."""
+    asked = [(t, i) for t, task in enumerate(tasks) for i in range(len(task.items))]
+    views = [
+        judgement_prompt(
+            tasks[t].history, tasks[t].items[i], parts.dataset.titles, tasks[t].peer_counts[i], tasks[t].num_peers,
+            parts.codec, parts.template, config.game,
+        )
+        for t, i in asked
+    ]  # fmt: skip
+    rows = [
+        dict.fromkeys("true_positives false_positives false_negatives true_negatives user_replies".split(), 0.0)
+        for _ in tasks
+    ]
+    for first in range(0, len(asked), config.rollout.batch_size):
+        chunk = range(first, min(first + config.rollout.batch_size, len(asked)))
+        judged = _judge(parts, config, [views[n] for n in chunk], chunk.start)
+        for n, judgement in zip(chunk, judged, strict=True):
+            (t, i), row = asked[n], rows[asked[n][0]]
+            label = tasks[t].labels[i]
+            positive = not label if judgement is None else judgement.positive
+            row[label_name(label, positive)] += 1
+            row["user_replies"] += 1
+        progress(chunk.stop, len(asked))
+    for row in rows:
+        row["episodes"] = 1.0
+        row["f1"] = float(f1(table([row]))[0])
+    return rows
+
+
+def _judge(parts: Parts, config: Config, views: list[list[int]], first: int) -> list:
+    """Parsed replies (None: unreadable twice) of the user agent to views that end with its header."""
+    sampler = Sampler(
+        parts.decoder,
+        num_sequences=len(views),
+        control=parts.template.control,
+        max_reply_tokens=config.rollout.max_reply_tokens,
+        seed=config.data.eval_seed,
+    )
+
+    def parse(reply: Reply):
+        ended = reply.ids[-1] == parts.template.end_of_turn
+        return parse_judgement(parts.codec.decode(reply.ids[:-1])) if ended else None
+
+    def ask(chosen: list[int], temperature: float, attempt: int) -> list:
+        ids = [(first + n) * 2 + attempt for n in chosen]
+        replies = sampler.reply(chosen, [views[n] for n in chosen], [USER] * len(chosen), ids, temperature)
+        return [parse(reply) for reply in replies]
+
+    judged = ask(list(range(len(views))), 0.0, 0)
+    again = [n for n, judgement in enumerate(judged) if judgement is None]
+    if again:
+        for n in again:
+            sampler.cache.lengths[n] = len(views[n]) - 1
+        for n, judgement in zip(again, ask(again, 1.0, 1), strict=True):
+            judged[n] = judgement
+    return judged

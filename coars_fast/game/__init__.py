@@ -1,0 +1,1 @@
+"""The conversation of the two agents: prompts, token templates, turn-taking, rewards, references. No torch here."""

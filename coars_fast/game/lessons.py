@@ -1,0 +1,217 @@
+"""Supervised lessons in the synthetic world, as token sequences: skills, conversations, following a reference.
+
+`python -m coars_fast.pretrain` makes `tiny_base` from them. Every lesson is drawn from a random world of its own: only
+the meaning of words carries over. A lesson's `is_answer` marks the tokens that are learned (the replies).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from coars_fast.config import GameConfig
+from coars_fast.data.records import Lesson, Task
+from coars_fast.data.world import GENRES, MATCH_RATES, STYLES, draw_titles, kind
+from coars_fast.game import personas
+from coars_fast.game.episode import RECOMMENDER, Episode, Reply, Turn
+from coars_fast.game.prompts import format_recommendation, numbered, parse_recommendation
+from coars_fast.game.reference import branch
+from coars_fast.game.rewards import TurnReward
+from coars_fast.game.template import TextCodec, TokenTemplate
+
+
+class LessonMaker:
+    """Draws lessons.
+
+    Args:
+        codec, template: the model's tokens.
+        game: turns and prompts, as in training.
+        num_candidates, history_length: sizes in conversations.
+    """
+
+    def __init__(
+        self,
+        codec: TextCodec,
+        template: TokenTemplate,
+        game: GameConfig,
+        num_candidates: int = 10,
+        history_length: int = 6,
+    ):
+        self.codec, self.template, self.game = codec, template, game
+        self.num_candidates, self.history_length = num_candidates, history_length
+
+    # ------------------------------------------------------------------------------------------------------- skills
+
+    def _drill(self, question: str, *answer: tuple[str, bool]) -> Lesson:
+        """A question and its answer in pieces, each with whether it is to be learned, in the chat format."""
+        encode, template = self.codec.encode, self.template
+        tokens = [*template.bos, *template.message("user", encode(question)), *template.headers["assistant"]]
+        is_answer = [False] * len(tokens)
+        for text, learned in answer:
+            ids = encode(text)
+            tokens += ids
+            is_answer += [learned] * len(ids)
+        return Lesson(tokens=[*tokens, template.end_of_turn], is_answer=[*is_answer, True])
+
+    def kinds(self, rng: np.random.Generator) -> Lesson:
+        """What the words of a title mean."""
+        titles = draw_titles(int(rng.integers(3, 9)), rng)
+        return self._drill("Kinds: " + "; ".join(titles), (" " + "; ".join(" ".join(kind(t)) for t in titles), True))
+
+    def retrieval(self, rng: np.random.Generator, max_items: int) -> Lesson:
+        """Find titles in a numbered list by what they are: many queries to a list."""
+        titles = draw_titles(int(rng.integers(2, max_items + 1)), rng)
+        picks = rng.choice(len(titles), size=min(len(titles), 6), replace=False)
+        # A query names style and genre; a list seldom holds two titles of one kind, and then either is right to learn from.
+        answers = []
+        for i in picks:
+            answers += [(f" {' '.join(kind(titles[i]))}", False), (f". Item: {i + 1}. {titles[i]}\n", True)]
+        return self._drill("Candidates: " + numbered(titles, "; "), *answers)
+
+    def taste(self, rng: np.random.Generator) -> Lesson:
+        """What a history says about its user."""
+        history, _ = self._user(rng, 0)
+        style, genre = personas.taste(history)
+        return self._drill("History: " + "; ".join(history), (f" likes {style} {genre}.", True))
+
+    def matches(self, rng: np.random.Generator) -> Lesson:
+        """Whether titles fit a history."""
+        history, others = self._user(rng, 6)
+        words = ("no", "yes")
+        lines = []
+        for title in others:
+            (style, genre), (fits_style, fits_genre) = kind(title), personas.fits(history, title)
+            lines.append(f" {style} {words[fits_style]}, {genre} {words[fits_genre]}.")
+        question = f"History: {'; '.join(history)}\nItems: {'; '.join(others)}"
+        return self._drill(question, ("".join(lines), True))
+
+    # ------------------------------------------------------------------------------------------------ conversations
+
+    def _user(self, rng: np.random.Generator, num_others: int) -> tuple[list[str], list[str]]:
+        """A history of a random user, and other titles of which about half would be to their taste in part."""
+        styles, genres = list(STYLES), list(GENRES)
+        liked = (styles[rng.integers(len(styles))], genres[rng.integers(len(genres))])
+        pool = draw_titles(400, rng)
+        history = _draw_liked(pool, liked, self.history_length, rng)
+        rest = [title for title in pool if title not in history]
+        likely = _draw_liked(rest, liked, num_others, rng)
+        random = rest[-num_others:] if num_others else []
+        others = [a if rng.random() < 0.4 else b for a, b in zip(likely, random, strict=True)]
+        return history, others
+
+    def _episode(self, rng: np.random.Generator) -> Episode:
+        """A fresh episode in a small random world."""
+        styles, genres = list(STYLES), list(GENRES)
+        liked = (styles[rng.integers(len(styles))], genres[rng.integers(len(genres))])
+        pool = draw_titles(300, rng)
+        taken = _draw_liked(pool, liked, self.history_length + 1, rng)
+        wrong = [title for title in pool if title not in taken][: self.num_candidates - 1]
+        shown = [taken[-1], *wrong]
+        order = rng.permutation(self.num_candidates)
+        titles = taken[:-1] + [shown[i] for i in order]
+        first = self.history_length
+        rate = (0.02, 0.1, 0.6)
+        counts = [int(rng.binomial(5, rate[sum(personas.fits(taken[:-1], t))])) for t in titles[first:]]
+        task = Task(
+            user=0,
+            history=tuple(range(first)),
+            target=first + int(np.flatnonzero(order == 0)[0]),
+            candidates=tuple(range(first, first + self.num_candidates)),
+            peer_counts=tuple(counts),
+            num_peers=5,
+            peer_similarity=0.0,
+        )
+        return Episode(task, titles, self.codec, self.template, self.game)
+
+    def _reply(self, text: str) -> Reply:
+        ids = (*self.codec.encode(text), self.template.end_of_turn)
+        return Reply(ids, (0.0,) * len(ids))
+
+    def _speak(self, episode: Episode, rng: np.random.Generator) -> str:
+        """What the persona whose turn it is says."""
+        history = [episode.titles[i] for i in episode.task.history]
+        if episode.waiting == RECOMMENDER:
+            tried = {episode.titles[turn.item] for turn in episode.turns if turn.item is not None}
+            return personas.recommend(history, episode.candidate_titles, tried, rng)
+        item = episode.turns[-1].item
+        assert item is not None
+        return personas.judge(history, episode.titles[item], rng)
+
+    def conversation(self, rng: np.random.Generator) -> list[Lesson]:
+        """Both views of a conversation of the scripted pair."""
+        episode = self._episode(rng)
+        while episode.waiting is not None:
+            episode.receive(self._reply(self._speak(episode, rng)))
+        lessons = []
+        for view in episode.views:
+            is_answer = [False] * len(view.tokens)
+            for span in view.spans:
+                is_answer[span.start : span.end] = [True] * (span.end - span.start)
+            if view.spans:
+                lessons.append(Lesson(tokens=view.tokens, is_answer=is_answer))
+        return lessons
+
+    def reference(self, rng: np.random.Generator) -> Lesson:
+        """One reply after a hindsight reference: say what the reference says is right."""
+        episode = self._episode(rng)
+        for _ in range(int(rng.integers(0, 2 * self.game.max_turns - 1))):
+            before = episode.waiting
+            episode.receive(self._reply(self._speak(episode, rng)))
+            if episode.waiting is None or before is None:
+                return self.reference(rng)
+        agent = episode.waiting
+        assert agent is not None
+        history = [episode.titles[i] for i in episode.task.history]
+        truth = episode.titles[episode.task.target]
+        if agent == RECOMMENDER:
+            named = parse_recommendation(self._speak(episode, rng), episode.candidate_titles)
+            assert named is not None
+            turn = Turn(len(episode.turns) + 1, "", None, hit=episode.task.candidates[named] == episode.task.target)
+            style, genre = kind(truth)
+            number = episode.candidate_titles.index(truth) + 1
+            answer = format_recommendation(f"likes {style} {genre}.", number, truth)
+        else:
+            turn = episode.turns[-1]
+            assert turn.item is not None
+            action = "click" if turn.hit else "dislike"
+            answer = personas.write_judgement(history, episode.titles[turn.item], action, rng)
+        turn.reward = TurnReward(None, None, False)
+        tokens = branch(episode, turn, agent)
+        answered = self._reply(answer).ids
+        header = len(self.template.headers["assistant"])
+        context = [*episode.views[agent].tokens[: len(episode.views[agent].tokens) - header], *tokens]
+        return Lesson(tokens=[*context, *answered], is_answer=[False] * len(context) + [True] * len(answered))
+
+
+def _draw_liked(pool: Sequence[str], liked: tuple[str, str], count: int, rng: np.random.Generator) -> list[str]:
+    """`count` titles as a user with this (style, genre) taste takes them."""
+    kinds = [kind(title) for title in pool]
+    groups: list[list[int]] = [[], [], [], []]
+    for i, (style, genre) in enumerate(kinds):
+        groups[(style != liked[0]) + 2 * (genre != liked[1])].append(i)
+    both, genre_only, style_only, neither = groups
+    queues = [both, genre_only, style_only, neither]
+    taken = []
+    for drawn in rng.choice(4, size=count, p=MATCH_RATES):
+        queue = queues[drawn] or neither
+        taken.append(pool[queue.pop()])
+    return taken
+
+
+Draw = Callable[[np.random.Generator], list[Lesson]]
+
+
+def curriculum(maker: LessonMaker, progress: float) -> list[tuple[float, Draw]]:
+    """Kinds of lessons with their weights at this share of the pretraining: skills first, growing lists, then talk."""
+    longest = min(10, 3 + int(progress * 30))
+    talk = min(1.0, max(0.0, (progress - 0.15) / 0.25))
+    skill = 1.0 - 0.85 * talk
+    return [
+        (0.1 * skill, lambda rng: [maker.kinds(rng)]),
+        (0.5 * skill, lambda rng: [maker.retrieval(rng, longest)]),
+        (0.15 * skill, lambda rng: [maker.taste(rng)]),
+        (0.25 * skill, lambda rng: [maker.matches(rng)]),
+        (0.65 * talk, maker.conversation),
+        (0.35 * talk, lambda rng: [maker.reference(rng)]),
+    ]

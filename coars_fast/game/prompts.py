@@ -1,0 +1,151 @@
+"""What the agents are told and how they answer: prompt texts, reply formats and their parsing.
+
+Two sets of texts: `brief` for models that were trained on the format, `full` for models that never saw it. No text that a
+student or an evaluation sees is ever given the truth; only `reference_*` is (used in training, by the teacher alone).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Action = str
+ACTIONS: dict[Action, tuple[float, float]] = {
+    "dislike": (0.0, 0.25),
+    "skip": (0.25, 0.5),
+    "star": (0.5, 0.75),
+    "click": (0.75, 1.0),
+}
+"""Each action and the interval of its acceptance score: [low, high), the last one closed."""
+BELOW = 1e-4  # a score at an open end is moved this far inside
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSet:
+    """Texts with named fields; a text of None is left out."""
+
+    system_rec: str
+    first_rec: str
+    system_user: str
+    item_separator: str
+    history_separator: str
+    peers: str
+    invalid_rec: str
+    reference_rec: str
+    reference_user: str
+    neutral_rec: str
+
+
+BRIEF = PromptSet(
+    system_rec="Recommend one item.",
+    first_rec="History: {history}\nCandidates: {candidates}",
+    system_user="Judge the item.\nHistory: {history}",
+    item_separator="; ",
+    history_separator="; ",
+    peers="\nPeers: {count} of {num}",
+    invalid_rec="Invalid reply.",
+    reference_rec="Note: {verdict}, the user took {item}",
+    reference_user="Note: the user {took} {item}, so {action}.",
+    neutral_rec="Reason: try this.\nItem: 1. {title}",
+)
+
+FULL = PromptSet(
+    system_rec=(
+        "You are a recommender. From a numbered list of candidates, pick the one item that this user will want next, "
+        "judging by the history and by what the user answers. Never recommend an item again that was turned down. "
+        "Reply in exactly this format:\nReason: <one sentence>\nItem: <number>. <title>"
+    ),
+    first_rec="The user's history, oldest first:\n{history}\n\nCandidates:\n{candidates}",
+    system_user=(
+        "You are a user with the history below. A recommender suggests items one at a time. Judge each by whether it is "
+        "the next item that you would really take. click: exactly that; star: interesting; skip: not now; dislike: "
+        "unwanted. The score says how willing you are, dislike 0.00-0.24, skip 0.25-0.49, star 0.50-0.74, click "
+        "0.75-1.00. Reply in exactly this format:\nReason: <one sentence>\nAction: <click|star|skip|dislike>\n"
+        "Score: <0.00-1.00>\n\nYour history, oldest first:\n{history}"
+    ),
+    item_separator="\n",
+    history_separator="\n",
+    peers="\n\n({count} of {num} users with a similar taste chose this item.)",
+    invalid_rec="The reply was not in the required format, or named no candidate.",
+    reference_rec=(
+        "Hindsight, for this answer only. The answer given was:\n{transcript}\nIt was {verdict}: the item that the user "
+        "took next is {item}. A correct answer ends with:\nItem: {item}"
+    ),
+    reference_user=(
+        "Hindsight, for this answer only. The answer given was:\n{transcript}\nThe user {took} {item}, so the correct "
+        "answer ends with:\nAction: {action}"
+    ),
+    neutral_rec="Reason: You may like this one.\nItem: 1. {title}",
+)
+PROMPTS = {"brief": BRIEF, "full": FULL}
+
+
+def numbered(titles: Sequence[str], separator: str) -> str:
+    """`1. A; 2. B; ...`"""
+    return separator.join(f"{n}. {title}" for n, title in enumerate(titles, start=1))
+
+
+def one_line(text: str) -> str:
+    """Text with control characters and runs of white space folded into single spaces."""
+    return " ".join("".join(c if c.isprintable() or c.isspace() else " " for c in text).split())
+
+
+def normal(title: str) -> str:
+    """A title for comparison: lower case, letters and digits only."""
+    return " ".join(re.findall(r"\w+", title.lower()))
+
+
+def format_recommendation(reason: str, number: int, title: str) -> str:
+    return f"Reason: {reason}\nItem: {number}. {title}"
+
+
+def format_judgement(reason: str, action: Action, score: float) -> str:
+    return f"Reason: {reason}\nAction: {action}\nScore: {score:.2f}"
+
+
+def parse_recommendation(text: str, titles: Sequence[str]) -> int | None:
+    """Index of the candidate that a recommender's reply names: by number, then by normalised title; else None.
+
+    The last line that starts with `Item:` counts.
+    """
+    found = re.findall(r"^\s*Item:\s*(.*?)\s*$", text, flags=re.MULTILINE | re.IGNORECASE)
+    if not found:
+        return None
+    named = found[-1]
+    number = re.match(r"(\d{1,6})(?!\d)\s*(?:[.):]|$)", named)
+    if number and 1 <= int(number[1]) <= len(titles):
+        return int(number[1]) - 1
+    wanted = normal(re.sub(r"^\d+\s*[.):]\s*", "", named))
+    matches = [i for i, title in enumerate(titles) if normal(title) == wanted] if wanted else []
+    return matches[0] if len(matches) == 1 else None
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A parsed user reply."""
+
+    action: Action
+    score: float
+    """Acceptance s in [0, 1], inside the action's interval."""
+    clamped: bool
+    """The written score lay outside the action's interval."""
+
+    @property
+    def positive(self) -> bool:
+        return self.score >= 0.5
+
+
+def parse_judgement(text: str) -> Judgement | None:
+    """Action and score of a user's reply, or None where either is missing or unknown.
+
+    The score is moved into its action's interval (DESIGN section 2); the last `Action:` and `Score:` lines count.
+    """
+    actions = re.findall(r"^\s*Action:\s*([A-Za-z]+)\s*$", text, flags=re.MULTILINE | re.IGNORECASE)
+    scores = re.findall(r"^\s*Score:\s*(\d*\.?\d+)\s*$", text, flags=re.MULTILINE | re.IGNORECASE)
+    if not actions or not scores or actions[-1].lower() not in ACTIONS:
+        return None
+    action, score = actions[-1].lower(), float(scores[-1])
+    low, high = ACTIONS[action]
+    inside = min(max(score, low), high if high == 1.0 else high - BELOW)
+    return Judgement(action=action, score=inside, clamped=inside != score)

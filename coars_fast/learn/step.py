@@ -1,0 +1,172 @@
+"""The training step: student forward, teacher by re-prefill, fused head and loss, one AdamW step on both adapters.
+
+The teacher is the same model with the same adapters on [context, reference, reply], without gradient. Left out here: the
+two-stream forward that spares the teacher its context, and distribution over devices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from coars_kernels import fused_credit_loss, linear_logprob
+from torch import Tensor
+
+from coars_fast.config import Config
+from coars_fast.data.records import Trajectory
+from coars_fast.errors import NonFiniteError
+from coars_fast.learn.objective import normalise
+from coars_fast.learn.packing import PackedBatch, pack, split, teacher_inputs
+from coars_fast.model.attention import PackedAttention
+from coars_fast.model.decoder import Decoder
+from coars_fast.model.lora import adapter_parameters
+
+AGENT_NAMES = ("rec", "user")
+
+
+class Learner:
+    """Updates both adapters of a decoder.
+
+    Args:
+        decoder: frozen base with adapters.
+        config: objective, loss and optimization settings.
+    """
+
+    def __init__(self, decoder: Decoder, config: Config):
+        self.decoder, self.config = decoder, config
+        self.device = decoder.head_weight.device
+        train = config.train
+        wanted = (train.train_recommender, train.train_user)
+        rates = (train.learning_rate, train.learning_rate * train.user_learning_rate_factor)
+        self.parameters = [adapter_parameters(decoder, agent) for agent in range(2)]
+        groups: list[dict[str, Any]] = []
+        for agent, parameters in enumerate(self.parameters):
+            for parameter in parameters.values():
+                parameter.requires_grad_(wanted[agent])
+            groups.append({"params": list(parameters.values()), "lr": rates[agent], "peak": rates[agent]})
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=train.weight_decay)
+        self.names = [name for parameters in self.parameters for name in parameters]
+        """Of the optimizer's parameters, in its order."""
+
+    def set_rates(self, step: int) -> None:
+        """Learning rates of a step: linear warm-up, then linear decay."""
+        train = self.config.train
+        rise = min(1.0, (step + 1) / (train.warmup_steps + 1))
+        fall = 1.0 - (1.0 - train.final_learning_rate) * step / max(1, train.num_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * rise * fall
+
+    def update(self, trajectories: Sequence[Trajectory], step: int) -> dict[str, float]:
+        """One training step on the episodes of one rollout; returns its metrics.
+
+        Raises:
+            NonFiniteError: a reward, a log-prob, the loss or a gradient is not finite; no weight has changed.
+        """
+        self.set_rates(step)
+        # Both views of an episode stay in one minibatch; neighbours are spread so that minibatches look alike.
+        parts = self.config.train.minibatches
+        history: list[dict[str, float]] = []
+        for part in range(parts):
+            chosen = [t for t in trajectories if t.episode % parts == part]
+            if chosen:
+                history.append(self._update_minibatch(chosen))
+        return {name: sum(m[name] for m in history) / len(history) for name in history[0]}
+
+    def _update_minibatch(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        baseline = self.config.loss.baseline
+        if baseline == "auto":
+            baseline = "none" if self.config.objective == "faithful" else "batch"
+        num_episodes = len({t.episode for t in trajectories})
+        ready = normalise(trajectories, baseline=baseline, num_episodes=num_episodes)
+        ready = [t for t in ready if t.turns]
+        self.optimizer.zero_grad(set_to_none=True)
+        totals: dict[str, float] = {}
+        tokens = 0
+        for group in split(ready, self.config.train.max_tokens):
+            batch = pack(group).to(self.device)
+            self._check(batch)
+            loss, metrics, count = self._loss(batch)
+            if not math.isfinite(loss.item()):
+                raise NonFiniteError(f"the loss is {loss.item()} in a batch with episodes {_some(batch.episodes)}")
+            if loss.requires_grad:
+                loss.backward()
+            values = {name: value.item() for name, value in metrics.items()}
+            for name, value in values.items():
+                totals[name] = totals.get(name, 0.0) + value * (1.0 if name.startswith("loss") else count)
+            totals["loss"] = totals.get("loss", 0.0) + loss.item()
+            tokens += count
+        averaged = {k: v if k.startswith("loss") else v / max(1, tokens) for k, v in totals.items()}
+        averaged |= self._apply_gradients()
+        return averaged
+
+    def _check(self, batch: PackedBatch) -> None:
+        for name in ("behaviour_logp", "turn_reward", "turn_weight"):
+            values: Tensor = getattr(batch, name)
+            if not bool(values.isfinite().all()):
+                raise NonFiniteError(f"{name} is not finite in a batch with episodes {_some(batch.episodes)}")
+
+    def _hidden(self, source: Any, *, adapters: bool = True) -> Tensor:
+        """Hidden states of packed sequences (a batch or teacher inputs), [N, H]."""
+        attend = PackedAttention(source.cu_seqlens, backend=self.config.model.attention)
+        agent_ids = source.agent_ids if adapters else None
+        return self.decoder(source.token_ids, source.position_ids, attend, agent_ids)
+
+    def _loss(self, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor], int]:
+        """Loss of a packed batch, its metrics, and how many tokens were trained."""
+        loss, weight = self.config.loss, self.decoder.head_weight
+        student = self._hidden(batch)[batch.rows]
+        teacher = reference_logp = None
+        with torch.no_grad():
+            if loss.credit_weight:
+                inputs = teacher_inputs(batch)
+                teacher = self._hidden(inputs)[inputs.rows]
+            if loss.kl_weight:
+                base = self._hidden(batch, adapters=False)[batch.rows]
+                reference_logp = linear_logprob(base, weight, batch.target)
+        value, metrics, logp, _ = fused_credit_loss(
+            student,
+            teacher,
+            weight,
+            batch.target,
+            batch.behaviour_logp,
+            batch.turn_reward,
+            batch.turn_offsets,
+            turn_weight=batch.turn_weight,
+            turn_agent=batch.turn_agent,
+            credit_weight=loss.credit_weight,
+            credit_clip=loss.credit_clip,
+            credit_center=loss.credit_center,
+            objective=self.config.objective,
+            clip_low=loss.clip_low,
+            clip_high=loss.clip_high,
+            dual_clip=loss.dual_clip,
+            reference_logp=reference_logp,
+            kl_weight=loss.kl_weight,
+        )
+        scalars = {name: tensor for name, tensor in metrics.items() if not name.startswith("num_")}
+        difference = (logp - batch.behaviour_logp).abs()
+        scalars["logp_difference"] = difference.mean()
+        scalars["logp_difference_max"] = difference.max()
+        return value, scalars, len(batch.target)
+
+    def _apply_gradients(self) -> dict[str, float]:
+        """Clip each agent's gradient and step, unless something is not finite."""
+        norms = {}
+        for name, parameters in zip(AGENT_NAMES, self.parameters, strict=True):
+            trained = [p for p in parameters.values() if p.grad is not None]
+            if not trained:
+                continue
+            norm = torch.nn.utils.clip_grad_norm_(trained, self.config.train.max_grad_norm).item()
+            if not math.isfinite(norm):
+                raise NonFiniteError(f"the gradient of the {name} adapter has norm {norm}; no weight was changed")
+            norms[f"grad_norm_{name}"] = norm
+        self.optimizer.step()
+        return norms
+
+
+def _some(episodes: Sequence[int]) -> str:
+    """The first few episode numbers, for a message."""
+    shown = sorted(set(episodes))
+    return ", ".join(map(str, shown[:5])) + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")

@@ -1,0 +1,1 @@
+"""The language model: decoder, attention dispatch, LoRA adapters, reading and writing checkpoints."""

@@ -1,0 +1,1 @@
+"""Playing episodes: K/V that lives as long as a conversation, batched decoding, log-probs recorded when sampled."""

@@ -1,0 +1,26 @@
+"""Operations for policy-gradient training of language models with token-level credit, usable without the trainer.
+
+One folder per operation: `reference.py` is plain torch and says what the operation means; `op.py` is the public
+function, with its input checks and the fast path. Only torch is needed.
+"""
+
+from coars_kernels.agent_lora import agent_lora
+from coars_kernels.credit_policy_loss import CreditOptions, credit_policy_loss
+from coars_kernels.fused_credit_loss import FusedCreditLoss, fused_credit_loss
+from coars_kernels.linear_logprob import linear_logprob
+from coars_kernels.paired_linear_logprob import paired_linear_logprob
+from coars_kernels.sample_with_logprob import sample_with_logprob
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CreditOptions",
+    "FusedCreditLoss",
+    "__version__",
+    "agent_lora",
+    "credit_policy_loss",
+    "fused_credit_loss",
+    "linear_logprob",
+    "paired_linear_logprob",
+    "sample_with_logprob",
+]

@@ -1,0 +1,82 @@
+"""`agent_lora` against one adapter at a time, and its refusals."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coars_kernels import agent_lora
+from coars_kernels.agent_lora.reference import agent_lora_reference
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(0, 12),
+    agents=st.integers(1, 3),
+    rank=st.integers(1, 4),
+    sizes=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    dtype=st.sampled_from([torch.int8, torch.int64]),
+    seed=st.integers(0, 1000),
+)
+def test_equals_one_adapter_at_a_time(
+    rows: int, agents: int, rank: int, sizes: tuple[int, int], dtype: torch.dtype, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, sizes[0], generator=generator, dtype=torch.float64)
+    a = torch.randn(agents, rank, sizes[0], generator=generator, dtype=torch.float64)
+    b = torch.randn(agents, sizes[1], rank, generator=generator, dtype=torch.float64)
+    ids = torch.randint(-1, agents + 1, (rows,), generator=generator).to(dtype)
+    results = []
+    for function in (agent_lora, agent_lora_reference):
+        leaves = x.clone().requires_grad_(), a.clone().requires_grad_(), b.clone().requires_grad_()
+        out = function(*leaves, ids, 1.7)
+        out.sin().sum().backward()
+        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_rows_without_an_adapter_are_exactly_zero() -> None:
+    x = torch.randn(4, 5)
+    x[1] = torch.nan
+    out = agent_lora(x, torch.randn(2, 3, 5), torch.randn(2, 6, 3), torch.tensor([0, -1, 1, 2], dtype=torch.int8), 2.0)
+    assert not out[1].any() and not out[3].any() and out[[0, 2]].isfinite().all() and out[[0, 2]].any()
+
+
+def test_bf16_keeps_its_dtype() -> None:
+    x, a, b = torch.randn(4, 5), torch.randn(2, 3, 5), torch.randn(2, 6, 3)
+    ids = torch.tensor([0, 1, 1, -1])
+    out = agent_lora(x.bfloat16(), a.bfloat16(), b.bfloat16(), ids, 0.5)
+    assert out.dtype == torch.bfloat16
+    expected = agent_lora_reference(x.bfloat16().float(), a.bfloat16().float(), b.bfloat16().float(), ids, 0.5)
+    # two roundings, of the middle and of the result
+    assert (out.float() - expected).norm() <= 2 * torch.finfo(torch.bfloat16).eps * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("argument", "change"),
+    [
+        ("x", {"x": torch.zeros(1, 4, 5)}),
+        ("a", {"a": torch.zeros(2, 3, 4)}),
+        ("a", {"a": torch.zeros(3, 5)}),
+        ("a", {"a": torch.zeros(2, 3, 5, dtype=torch.float64)}),
+        ("b", {"b": torch.zeros(2, 6, 4)}),
+        ("b", {"b": torch.zeros(3, 6, 3)}),
+        ("agent_ids", {"agent_ids": torch.zeros(3, dtype=torch.int8)}),
+        ("agent_ids", {"agent_ids": torch.zeros(4)}),
+        ("agent_ids", {"agent_ids": torch.zeros(4, dtype=torch.uint8)}),
+    ],
+)
+def test_errors_name_the_argument(argument: str, change: dict[str, Any]) -> None:
+    arguments: dict[str, Any] = {
+        "x": torch.zeros(4, 5),
+        "a": torch.zeros(2, 3, 5),
+        "b": torch.zeros(2, 6, 3),
+        "agent_ids": torch.zeros(4, dtype=torch.int8),
+        "scale": 1.0,
+    }
+    agent_lora(**arguments)
+    with pytest.raises(ValueError, match=f"^{argument}: "):
+        agent_lora(**(arguments | change))
