@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 
 from coars_fast.config import Config
@@ -31,6 +33,7 @@ from coars_fast.game.metrics import (
 from coars_fast.game.prompts import parse_judgement
 from coars_fast.rollout.play import Sampler, play
 from coars_fast.build import Parts
+from coars_fast.state.files import read_json
 
 RATIOS = (1, 3, 9)
 ALWAYS_YES = {1: 0.667, 3: 0.400, 9: 0.182}
@@ -44,7 +47,20 @@ class Evaluation:
     tables: dict[str, Table]
     """By part: `greedy`, `sampled`, `disc@1:1`, ..."""
     episodes: list[Episode]
-    """The greedy conversations."""
+    """The greedy conversations (none when read from a file)."""
+
+    def counts(self) -> dict[str, dict[str, list[float]]]:
+        """The tables as plain lists, for evaluation.json: paired tests between runs need them."""
+        return {part: {name: column.tolist() for name, column in t.items()} for part, t in self.tables.items()}
+
+    @classmethod
+    def read(cls, path: Path, which: str) -> Evaluation | None:
+        """The evaluation `before` or `after` of an evaluation.json; None where there is none yet."""
+        stored = read_json(path).get("users", {}).get(which) if path.is_file() else None
+        if stored is None:
+            return None
+        tables = {part: {name: np.array(c) for name, c in t.items()} for part, t in stored.items()}
+        return cls(tables, [])
 
     def metrics(self, config: Config) -> dict[str, Interval]:
         """Every metric by its public name with its interval."""
@@ -69,16 +85,15 @@ class Evaluation:
         return found
 
 
-def evaluate(parts: Parts, config: Config, *, short: bool = False, progress: Progress | None = None) -> Evaluation:
+def evaluate(parts: Parts, *, short: bool = False, progress: Progress | None = None) -> Evaluation:
     """Play and judge with the model as it is.
 
     Args:
         parts: model, data and templates.
-        config: the run's settings.
         short: greedy conversations only, as for a learning curve.
         progress: called with (part, done, of).
     """
-    parts.decoder.eval()
+    config = parts.config
 
     def report(part: str) -> Callable[[int, int], None]:
         return lambda done, of: progress(part, done, of) if progress else None

@@ -17,12 +17,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 Record = Mapping[str, Any]
 
 # Okabe and Ito's palette, told apart with any colour vision; black and yellow are left out.
 BLUE, ORANGE, GREEN, PINK, SKY, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 11.5,
     "axes.titleweight": "bold",
@@ -265,7 +266,7 @@ def _finish(axes: Axes) -> None:
         axes.set_ylim(bottom=0, top=None if highest > 0 else 1)
     else:
         axes.axhline(0, color="#888888", linewidth=0.8, zorder=1)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     # Room above the curves, so that the legend covers none of them.
     count = len(axes.get_legend_handles_labels()[0])
     low, high = axes.get_ylim()

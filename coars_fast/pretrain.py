@@ -10,20 +10,24 @@ What it leaves out: anything that a general model would know.
 
 from __future__ import annotations
 
-import math
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
+from coars_fast.cli import main_guard, parse
 from coars_fast.config import GameConfig
-from coars_fast.game.lessons import Lesson, LessonMaker, curriculum
+from coars_fast.data.records import Lesson
+from coars_fast.data.world import GENRES, STYLES
+from coars_fast.game.lessons import LessonMaker, curriculum
+from coars_fast.game.personas import SCORES
+from coars_fast.game.prompts import BRIEF
 from coars_fast.game.template import TextCodec, make_template
-from coars_fast.model.attention import PackedAttention
+from coars_fast.learn.supervised import cosine, fine_tune, lesson_logp
 from coars_fast.model.decoder import Decoder, DecoderConfig
+from coars_fast.model.load import save_decoder
 from coars_fast.model.tokenizer import train_tokenizer
 
 
@@ -51,10 +55,6 @@ class PretrainConfig:
 
 def lexicon_texts() -> list[str]:
     """What the tokenizer is trained on: every word of the world and of the prompts."""
-    from coars_fast.data.world import GENRES, STYLES
-    from coars_fast.game.personas import SCORES
-    from coars_fast.game.prompts import BRIEF
-
     words = [w for group in (STYLES, GENRES) for name, ws in group.items() for w in (name, *ws)]
     prompts = [str(v) for v in vars(BRIEF).values()]
     texts = [f" {a}" for a in words] * 20 + prompts * 20
@@ -75,17 +75,22 @@ def draw_lessons(maker: LessonMaker, progress: float, tokens: int, rng: np.rando
     return lessons
 
 
-def lesson_loss(decoder: Decoder, lessons: list[Lesson]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean cross-entropy of the answers' tokens, and the share predicted right."""
-    lengths = [len(lesson.tokens) for lesson in lessons]
-    tokens = torch.tensor([t for lesson in lessons for t in lesson.tokens])
-    answer = torch.tensor([a for lesson in lessons for a in lesson.is_answer])
-    positions = torch.cat([torch.arange(n) for n in lengths])
-    bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-    hidden = decoder(tokens, positions, PackedAttention(bounds))
-    rows = answer.nonzero()[:, 0]
-    logits = hidden[rows - 1] @ decoder.head_weight.T
-    return F.cross_entropy(logits, tokens[rows]), (logits.argmax(-1) == tokens[rows]).float().mean()
+@torch.no_grad()
+def skill_report(decoder: Decoder, maker: LessonMaker) -> str:
+    """Probability (geometric mean) of the right tokens per kind of lesson, on fresh lessons."""
+    rng = np.random.default_rng(99)
+    kinds: dict[str, Callable[[], list[Lesson]]] = {
+        "kinds": lambda: [maker.kinds(rng)],
+        "find": lambda: [maker.retrieval(rng, maker.num_candidates)],
+        "taste": lambda: [maker.taste(rng)],
+        "match": lambda: [maker.matches(rng)],
+        "talk": lambda: maker.conversation(rng),
+        "note": lambda: [maker.reference(rng)],
+    }
+    return " ".join(
+        f"{name} {lesson_logp(decoder, [lesson for _ in range(16) for lesson in draw()]).mean().exp():.2f}"
+        for name, draw in kinds.items()
+    )
 
 
 def pretrain(config: PretrainConfig) -> None:
@@ -109,51 +114,35 @@ def pretrain(config: PretrainConfig) -> None:
     )
     decoder = Decoder(shape, generator=generator)
     print(f"{sum(p.numel() for p in decoder.parameters()):,} parameters, vocabulary {len(tokenizer)}")
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    started = time.time()
-    for step in range(config.num_steps):
-        progress = step / config.num_steps
-        rate = min(1.0, (step + 1) / 100) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * max(0.0, progress - 0.3) / 0.7)))
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * rate
-        lessons = draw_lessons(maker, progress, config.tokens_per_step, np.random.default_rng([config.seed, step]))
-        loss, right = lesson_loss(decoder, lessons)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
-        optimizer.step()
+    started = time.monotonic()
+
+    def batches() -> Iterator[tuple[list[Lesson], None]]:
+        for step in range(config.num_steps):
+            rng = np.random.default_rng([config.seed, step])
+            yield draw_lessons(maker, step / config.num_steps, config.tokens_per_step, rng), None
+
+    def progress(step: int, loss: float) -> None:
         if step % 100 == 0 or step == config.num_steps - 1:
-            skills = skill_report(decoder, maker, progress)
-            print(f"step {step:5d} {time.time() - started:6.0f} s  loss {loss:.3f}  right {right:.3f}  {skills}", flush=True)
-    out = Path(config.out)
-    save(decoder, tokenizer, out)
+            seconds = time.monotonic() - started
+            print(f"step {step:5d} {seconds:5.0f} s  loss {loss:.3f}  {skill_report(decoder, maker)}", flush=True)
 
-
-@torch.no_grad()
-def skill_report(decoder: Decoder, maker: LessonMaker, progress: float) -> str:
-    """Share of tokens predicted right per kind of lesson, on fresh ones."""
-    rng = np.random.default_rng(99)
-    kinds = {
-        "kinds": lambda: [maker.kinds(rng)],
-        "find10": lambda: [maker.retrieval(rng, 10)],
-        "taste": lambda: [maker.taste(rng)],
-        "match": lambda: [maker.matches(rng)],
-        "talk": lambda: maker.conversation(rng),
-        "note": lambda: [maker.reference(rng)],
-    }
-    return " ".join(
-        f"{name} {float(lesson_loss(decoder, [l for _ in range(16) for l in draw()])[1]):.2f}" for name, draw in kinds.items()
+    fine_tune(
+        decoder,
+        batches(),
+        num_steps=config.num_steps,
+        learning_rate=config.learning_rate,
+        schedule=cosine(hold=0.3),
+        progress=progress,
     )
+    tokenizer.save_pretrained(config.out)
+    save_decoder(decoder, config.out)
 
 
-def save(decoder: Decoder, tokenizer, out: Path) -> None:
-    from coars_fast.model.load import save_decoder
-
-    save_decoder(decoder, out)
-    tokenizer.save_pretrained(out)
+@main_guard
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    pretrain(parse(PretrainConfig, argv, "python -m coars_fast.pretrain"))
 
 
 if __name__ == "__main__":
-    import tyro
-
-    pretrain(tyro.cli(PretrainConfig))
+    main()

@@ -7,17 +7,18 @@ turns others down. Some replies follow a reference, so that the teacher of CoARS
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from coars_fast.build import Parts
 from coars_fast.config import Config
 from coars_fast.data.records import Lesson, Task
+from coars_fast.data.tasks import TaskSource
 from coars_fast.game.episode import RECOMMENDER, USER, Episode, Reply
 from coars_fast.game.prompts import format_judgement, format_recommendation
 from coars_fast.game.reference import branch
 from coars_fast.learn.supervised import cosine, fine_tune
+from coars_fast.model.decoder import Decoder
 from coars_fast.progress import Screen
 
 REFERENCE_RATE = 0.2
@@ -26,39 +27,38 @@ WRONG_FIRST_RATE = 0.5
 """Share of conversations in which a wrong item comes first (the recommender does not learn that reply)."""
 
 
-def warm_start(parts: Parts, config: Config, screen: Screen) -> None:
-    """Fine-tune the base model or both adapters (`sft.trainable`), in place."""
-    decoder, sft = parts.decoder, config.sft
-    if sft.trainable == "all":
-        frozen = [name for name, p in decoder.named_parameters() if not p.requires_grad]
-        for name, parameter in decoder.named_parameters():
-            parameter.requires_grad_("lora_" not in name)
+def warm_start(
+    decoder: Decoder, tasks: TaskSource, new_episode: Callable[[Task], Episode], config: Config, screen: Screen
+) -> None:
+    """Fine-tune whatever requires a gradient, in place: the base model, or both adapters where it has them.
+
+    Raises:
+        NonFiniteError: the loss diverged.
+    """
+    sft = config.sft
+    with_adapters = sft.trainable == "adapters"
     with screen.bar("warm start", sft.num_steps) as advance:
         fine_tune(
             decoder,
-            _batches(parts, config),
+            _batches(tasks, new_episode, config, with_adapters),
             num_steps=sft.num_steps,
             learning_rate=sft.learning_rate,
             schedule=cosine(),
             progress=lambda step, loss: advance(step + 1, f"loss {loss:.3f}"),
         )
-    if sft.trainable == "all":
-        for name, parameter in decoder.named_parameters():
-            parameter.requires_grad_(name not in frozen)
 
 
-def _batches(parts: Parts, config: Config) -> Iterator[tuple[list[Lesson], list[int] | None]]:
-    step = 0
-    while True:
+def _batches(
+    tasks: TaskSource, new_episode: Callable[[Task], Episode], config: Config, with_adapters: bool
+) -> Iterator[tuple[list[Lesson], list[int] | None]]:
+    for step in range(config.sft.num_steps):
         rng = np.random.default_rng([config.seed, 77, step])
-        lessons: list[Lesson] = []
-        agents: list[int] = []
-        for task in parts.tasks.warm_start_tasks(step, config.sft.batch_size):
-            for agent, lesson in conversation(parts.episode(task), rng):
-                lessons.append(lesson)
-                agents.append(agent)
-        yield lessons, agents if config.sft.trainable == "adapters" else None
-        step += 1
+        pairs = [
+            pair
+            for task in tasks.warm_start_tasks(step, config.sft.batch_size)
+            for pair in conversation(new_episode(task), rng)
+        ]
+        yield [lesson for _, lesson in pairs], [agent for agent, _ in pairs] if with_adapters else None
 
 
 def conversation(episode: Episode, rng: np.random.Generator) -> list[tuple[int, Lesson]]:
@@ -117,5 +117,3 @@ def _after_reference(episode: Episode, agent: int) -> Lesson:
     context = [*view.tokens[: span.fork], *branch(episode, episode.turns[-1], agent)]
     reply = view.tokens[span.start : span.end]
     return Lesson(tokens=[*context, *reply], is_answer=[False] * len(context) + [True] * len(reply))
-
-

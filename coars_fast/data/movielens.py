@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,17 +163,20 @@ def _read_ratings(path: Path, layout: _Layout) -> tuple[np.ndarray, np.ndarray, 
     stride = len(layout.separator)  # split at each ":", "1::2" has an empty field between: every second one counts
     dtype = np.dtype([(name, np.float64 if name == "rating" else np.int64) for name in _RATING_FIELDS])
     try:
-        rows = np.loadtxt(
-            path,
-            dtype=dtype,
-            delimiter=layout.separator[0],
-            usecols=[column * stride for column in columns],
-            skiprows=int(layout.has_header),
-            comments=None,
-            encoding="utf-8",
-            ndmin=1,
-        )
-    except ValueError as error:  # UnicodeDecodeError is one
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "loadtxt: input contained no data", UserWarning)
+            warnings.simplefilter("error", DeprecationWarning)  # older numpy only warns of "2.5" for a whole number
+            rows = np.loadtxt(
+                path,
+                dtype=dtype,
+                delimiter=layout.separator[0],
+                usecols=[column * stride for column in columns],
+                skiprows=int(layout.has_header),
+                comments=None,
+                encoding="utf-8",
+                ndmin=1,
+            )
+    except (ValueError, DeprecationWarning) as error:  # UnicodeDecodeError is a ValueError
         _explain_ratings(path, layout, columns, error)
     if not len(rows):
         raise DataError(f"{path}: no rating in it; {_DOWNLOAD}")

@@ -1,9 +1,10 @@
 """SASRec (Kang & McAuley, arXiv 1808.09781): proposes candidates and places users in an embedding space.
 
 A causal self-attention model of item sequences, trained with cross-entropy over the whole catalogue instead of the
-paper's one sampled negative (its known weakness), over the whole of long sequences too: they are cut into
-windows of `max_length`, of which each epoch draws at most 4 per user. Blocks are pre-norm, item embeddings are shared between input and output. It leaves
-out GPUs, early stopping and a validation set: it is a helper of the conversations, kept small enough for one CPU core.
+paper's one sampled negative (its known weakness). Sequences are cut into windows of `max_length`, of which each epoch
+draws a few per user: all of a long history is learned from in time, yet heavy users do not outweigh the others. Blocks
+are pre-norm, item embeddings are shared between input and output. It leaves out GPUs, early stopping and a validation
+set: it is a helper of the conversations, kept small enough for one CPU core.
 
 Shapes: B sequences, L positions, H hidden size, V items, R predicted positions, U users.
 """
@@ -216,21 +217,20 @@ def train_sasrec(
     """
     windows = _windows(sequences, num_items, config.max_length)
     rng = np.random.default_rng(seed)
-    epochs = [_draw_epoch(windows, rng) for _ in range(config.num_epochs)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = SASRec(num_items, config).train()
         optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98))
-        num_steps = sum(-(-len(epoch) // config.batch_size) for epoch in epochs)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=num_steps)
-        for number, epoch in enumerate(epochs, 1):
-            loss_sum, num_targets = 0.0, 0
-            for start in range(0, len(epoch), config.batch_size):
-                loss, size = _train_batch(model, optimizer, epoch[start : start + config.batch_size])
+        num_steps = config.num_epochs * -(-len(_draw_epoch(windows, rng)) // config.batch_size)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=max(1, num_steps))
+        for epoch in range(1, config.num_epochs + 1):
+            drawn, loss_sum, num_targets = _draw_epoch(windows, rng), 0.0, 0
+            for start in range(0, len(drawn), config.batch_size):
+                loss, size = _train_batch(model, optimizer, drawn[start : start + config.batch_size])
                 schedule.step()
                 loss_sum, num_targets = loss_sum + loss * size, num_targets + size
             if progress is not None:
-                progress(number, config.num_epochs, loss_sum / num_targets)
+                progress(epoch, config.num_epochs, loss_sum / num_targets)
     return model.eval()
 
 

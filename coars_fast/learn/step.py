@@ -47,8 +47,10 @@ class Learner:
                 parameter.requires_grad_(wanted[agent])
             groups.append({"params": list(parameters.values()), "lr": rates[agent], "peak": rates[agent]})
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=train.weight_decay)
-        self.names = [name for parameters in self.parameters for name in parameters]
-        """Of the optimizer's parameters, in its order."""
+
+    def named_parameters(self) -> dict[str, Tensor]:
+        """Every parameter of the optimizer by name."""
+        return {name: p for parameters in self.parameters for name, p in parameters.items()}
 
     def set_rates(self, step: int) -> None:
         """Learning rates of a step: linear warm-up, then linear decay."""

@@ -120,7 +120,11 @@ def choose_backend(
     Raises:
         ConfigError: `requested` is unknown, or cannot serve this device, dtype or head size.
     """
-    device = torch.device(device)
+    return _choose(torch.device(device), dtype, requested, head_dim)
+
+
+@lru_cache(maxsize=64)  # called once per layer on some paths
+def _choose(device: torch.device, dtype: torch.dtype, requested: str, head_dim: int | None) -> tuple[str, str]:
     if requested != "auto":
         if requested not in BACKENDS:
             raise ConfigError(f"attention backend {requested!r} is unknown; choose auto, {', '.join(BACKENDS)}")

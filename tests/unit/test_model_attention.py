@@ -14,9 +14,11 @@ from coars_fast.model.attention import PackedAttention, choose_backend, varlen_a
 
 def test_cpu_gets_sdpa_and_the_reason_names_the_others(caplog: pytest.LogCaptureFixture) -> None:
     attention._logged.clear()
+    attention._choose.cache_clear()
     with caplog.at_level(logging.INFO, logger="coars_fast.model.attention"):
         name, reason = choose_backend("cpu", torch.float32)
         choose_backend("cpu", torch.float32)
+        choose_backend("cpu", torch.float32, head_dim=8)
     assert name == "sdpa"
     assert "flash_attn" in reason and "varlen_attn" in reason and "CUDA" in reason
     assert len(caplog.records) == 1  # once, not once per layer

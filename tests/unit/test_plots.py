@@ -76,9 +76,4 @@ def test_nothing_to_draw(tmp_path):
 def test_before_after(tmp_path):
     path = plots.before_after(EVALUATION, tmp_path)
     assert path == tmp_path / "before_after.png" and is_figure(path)
-
-
-def test_figures_are_closed(tmp_path):
-    plots.learning_curves(TRAIN, EVALUATIONS, tmp_path)
-    plots.before_after(EVALUATION, tmp_path)
-    assert plots.plt.get_fignums() == []
+    assert plots.plt.get_fignums() == [], "figures are closed"

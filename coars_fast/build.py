@@ -1,0 +1,149 @@
+"""Configuration -> everything a run plays and trains with: data, SASRec, tokens, model, adapters, warm start."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from coars_fast.config import Config
+from coars_fast.data.load import load_dataset
+from coars_fast.data.records import Dataset, Task
+from coars_fast.data.sasrec import SASRec, train_sasrec
+from coars_fast.data.splits import make_split
+from coars_fast.data.tasks import TaskSource
+from coars_fast.errors import ConfigError
+from coars_fast.game.episode import Episode
+from coars_fast.game.template import TextCodec, TokenTemplate, make_template
+from coars_fast.model.attention import choose_backend
+from coars_fast.model.decoder import Decoder
+from coars_fast.model.load import load_decoder, load_tokenizer, save_decoder
+from coars_fast.model.lora import add_adapters
+from coars_fast.model.tokenizer import train_tokenizer, transplant
+from coars_fast.progress import Screen
+from coars_fast.warm_start import warm_start
+
+TINY_BASE = Path(__file__).parent / "tiny_base"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a run works with."""
+
+    config: Config
+    dataset: Dataset
+    tasks: TaskSource
+    codec: TextCodec
+    template: TokenTemplate
+    decoder: Decoder
+    base: str
+    """Path or hub id of the frozen base."""
+
+    def episode(self, task: Task) -> Episode:
+        """A fresh conversation about a task."""
+        return Episode(task, self.dataset.titles, self.codec, self.template, self.config.game)
+
+
+def build(config: Config, folder: Path, screen: Screen, *, adapters_follow: bool = False) -> Parts:
+    """Load and prepare everything; what took long is kept in the run folder and read from it by a resumed run.
+
+    Args:
+        config: checked settings.
+        folder: the run folder: `sasrec-*.safetensors`, and `base/` where the base model was changed.
+        screen: shows progress.
+        adapters_follow: adapters will be loaded from a checkpoint, so they need no warm start.
+    """
+    device = _device(config)
+    dataset = load_dataset(config)
+    screen.say(
+        f"{dataset.name}: {dataset.num_users:,} users, {dataset.num_items:,} items, "
+        f"{sum(map(len, dataset.sequences)):,} interactions"
+    )
+    tasks = TaskSource(dataset, config, _sasrec(config, dataset, folder, screen))
+    changed = config.model.tokenizer == "catalogue" or (config.warm_start and config.sft.trainable == "all")
+    finished = folder / "base" / "config.json"  # written last
+    source = str(finished.parent) if changed and finished.is_file() else config.model.path or str(TINY_BASE)
+    fresh = changed and not finished.is_file()
+    # What is trained in full is trained in float32.
+    decoder = load_decoder(source, dtype=torch.float32 if fresh else _dtype(config, device), device=device)
+    tokenizer = load_tokenizer(source)
+    if fresh and config.model.tokenizer == "catalogue":
+        new = train_tokenizer(_catalogue_texts(dataset, config), config.model.tokenizer_size)
+        transplant(decoder, tokenizer, new)
+        tokenizer = new
+    codec = TextCodec(tokenizer)
+    template = make_template(codec)
+    decoder.gradient_checkpointing = config.model.gradient_checkpointing
+
+    def new_episode(task: Task) -> Episode:
+        return Episode(task, dataset.titles, codec, template, config.game)
+
+    if fresh:
+        warm_start(decoder, tasks, new_episode, config, screen)
+        source = str(finished.parent)
+        tokenizer.save_pretrained(source)
+        save_decoder(decoder, source)
+        decoder.to(_dtype(config, device))
+    add_adapters(decoder, rank=config.model.lora_rank, alpha=config.model.lora_alpha, seed=config.seed)
+    if config.warm_start and config.sft.trainable == "adapters" and not adapters_follow:
+        warm_start(decoder, tasks, new_episode, config, screen)
+    size = sum(p.numel() for name, p in decoder.named_parameters() if "lora_" not in name)
+    backend, _ = choose_backend(device, decoder.head_weight.dtype, config.model.attention)
+    screen.say(
+        f"{decoder.config.family} model of {size:,} parameters from {source}, {device}, "
+        f"{str(decoder.head_weight.dtype).removeprefix('torch.')}, {template.name} template, {backend} attention"
+    )
+    return Parts(
+        config=config, dataset=dataset, tasks=tasks, codec=codec, template=template, decoder=decoder, base=source
+    )
+
+
+def _device(config: Config) -> torch.device:
+    if config.model.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(config.model.device)
+    except RuntimeError as error:
+        raise ConfigError(f"model.device: {config.model.device!r} is no device; try auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("model.device: cuda was asked for, but torch sees no GPU here; use auto or cpu")
+    return device
+
+
+def _dtype(config: Config, device: torch.device) -> torch.dtype:
+    if config.model.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, config.model.dtype)
+
+
+def _sasrec(config: Config, dataset: Dataset, folder: Path, screen: Screen) -> SASRec:
+    """SASRec of this data set and these settings: from the run folder, or trained."""
+    split = make_split(dataset, config.data)
+    text = json.dumps([asdict(config.sasrec), dataset.num_items, split.train_sequences, config.data.eval_seed])
+    path = folder / f"sasrec-{hashlib.sha256(text.encode()).hexdigest()[:12]}.safetensors"
+    if path.is_file():
+        return SASRec.load(path)
+    with screen.bar("SASRec", config.sasrec.num_epochs) as advance:
+        sasrec = train_sasrec(
+            split.train_sequences,
+            dataset.num_items,
+            config.sasrec,
+            seed=config.data.eval_seed,  # the same candidates whatever the run's seed
+            progress=lambda epoch, of, loss: advance(epoch, f"loss {loss:.3f}"),
+        )
+    sasrec.save(path)
+    return sasrec
+
+
+def _catalogue_texts(dataset: Dataset, config: Config) -> list[str]:
+    """What a `catalogue` tokenizer learns from: titles as often as they were taken, and the prompts."""
+    from coars_fast.game.prompts import ACTIONS, PROMPTS
+
+    texts = [f" {dataset.titles[item]}" for sequence in dataset.sequences for item in sequence]
+    prompts = [str(text) for text in vars(PROMPTS[config.game.prompts]).values()]
+    words = ["system\n", "user\n", "assistant\n", *(f"Action: {action}\nScore: 0.85" for action in ACTIONS)]
+    numbers = [f"; {n}. " for n in range(1, 51)]
+    return texts + (prompts + words + numbers) * (1 + len(texts) // 100)

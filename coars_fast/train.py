@@ -1,0 +1,186 @@
+"""Train a recommender agent and a user agent from the conversations that they have with each other (CoARS).
+
+    python -m coars_fast.train                      # the embedded default: minutes on a laptop
+    python -m coars_fast.train --help               # every setting
+
+Read this file first: a run builds its parts, evaluates, then repeats the method's step (play episodes, reward the turns,
+write hindsight references, pack, update both adapters), evaluates again and writes a report. Everything random is a function
+of the seed and the step, so a resumed run needs no random state. What is left to other files: the conversation (`game/`),
+playing it (`rollout/`), the update (`learn/`), the figures (`evaluate.py`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coars_fast import cli
+from coars_fast.config import Config
+from coars_fast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from coars_fast.build import Parts
+    from coars_fast.evaluate import Evaluation
+    from coars_fast.learn.step import Learner
+    from coars_fast.progress import Screen
+    from coars_fast.state.run_folder import RunFolder
+
+
+def train(config: Config) -> Path:
+    """Run a configuration to its end; returns the run folder."""
+    from coars_fast.build import build
+    from coars_fast.game.trajectory import trajectories
+    from coars_fast.learn.step import Learner
+    from coars_fast.progress import Screen
+    from coars_fast.report import write_report
+    from coars_fast.rollout.play import play
+    from coars_fast.state import checkpoint
+    from coars_fast.state.run_folder import RunFolder
+    from coars_fast.summary import step_line, step_metrics, transcripts
+
+    screen, out = Screen(), run_path(config)
+    with RunFolder.open(out, cli.config_to_dict(config), resume=config.resume is not None) as run:
+        screen.say(f"run folder {out}")
+        found = checkpoint.find_checkpoint(config.resume if is_checkpoint(config) else out)
+        parts = build(config, out, screen, adapters_follow=found is not None)
+        learner = Learner(parts.decoder, config)
+        before = first_evaluation(parts, run, screen)
+        start = restore(found, learner) if found else 0
+        run.truncate_after(start)
+        with screen.bar("CoARS", config.train.num_steps) as advance:
+            for step in range(start, config.train.num_steps):
+                begun = time.perf_counter()
+                episodes = [parts.episode(task) for task in parts.tasks.train_tasks(step)]
+                play(
+                    parts.decoder,
+                    episodes,
+                    seed=config.seed * 1_000_003 + step,
+                    temperature=config.rollout.temperature,
+                    max_reply_tokens=config.rollout.max_reply_tokens,
+                    batch_size=config.rollout.batch_size,
+                )
+                played = time.perf_counter()
+                turns = trajectories(episodes, config.game)  # rewards, weights and references of every turn
+                metrics = learner.update(turns, step) | step_metrics(episodes)
+                metrics |= {"seconds_rollout": played - begun, "seconds_train": time.perf_counter() - played}
+                done = step + 1
+                run.append_metrics({"kind": "train", "step": done, **metrics})
+                last = done == config.train.num_steps
+                if step == 0 or last or done % config.checkpoint.every == 0:
+                    run.append_episodes(transcripts(episodes[:4], parts.dataset.titles, "train", done))
+                if last or done % config.checkpoint.every == 0:
+                    save(run, learner, parts, done)
+                if config.eval.every and not last and done % config.eval.every == 0:
+                    evaluate_briefly(parts, run, done)
+                advance(done, step_line(metrics))
+        finish(parts, run, before, screen)
+    report = write_report(out)
+    screen.say(f"report: {report}")
+    return out
+
+
+def run_path(config: Config) -> Path:
+    """The run folder that the settings name."""
+    if config.resume not in (None, "auto"):
+        assert config.resume is not None
+        path = Path(config.resume)
+        folder = path.parent.parent if is_checkpoint(config) else path
+        if not folder.is_dir():
+            raise ConfigError(f"--resume {config.resume}: no such run or checkpoint folder")
+        if config.out is not None and Path(config.out).resolve() != folder.resolve():
+            raise ConfigError(f"--out {config.out}: --resume {config.resume} goes on in {folder}; leave --out away")
+        return folder
+    if config.out is not None:
+        return Path(config.out)
+    if config.resume == "auto":
+        raise ConfigError("--resume auto: name the run folder with --out")
+    return Path("runs") / f"{Path(config.preset).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def is_checkpoint(config: Config) -> bool:
+    """Whether --resume names a checkpoint inside a run."""
+    return config.resume not in (None, "auto") and Path(str(config.resume)).parent.name == "checkpoints"
+
+
+def first_evaluation(parts: Parts, run: RunFolder, screen: Screen) -> Evaluation:
+    """The figures before training: read from the run folder where a resumed run has them."""
+    from coars_fast.evaluate import Evaluation
+    from coars_fast.summary import transcripts
+
+    stored = Evaluation.read(run.path / "evaluation.json", "before")
+    if stored is not None:
+        return stored
+    before = measure(parts, screen, "evaluation before")
+    run.write_evaluation({"before": before.metrics(parts.config), "users": {"before": before.counts()}})
+    run.append_metrics({"kind": "evaluation", "step": 0, "metrics": before.metrics(parts.config)})
+    run.append_episodes(transcripts(before.episodes[:12], parts.dataset.titles, "eval_before", 0))
+    return before
+
+
+def measure(parts: Parts, screen: Screen, name: str) -> Evaluation:
+    """A full evaluation with its progress bar."""
+    from coars_fast.evaluate import evaluate
+
+    with screen.bar(name, 100) as advance:
+        return evaluate(parts, progress=lambda part, done, of: advance(100 * done // of, part))
+
+
+def evaluate_briefly(parts: Parts, run: RunFolder, step: int) -> None:
+    """A point of the learning curve."""
+    from coars_fast.evaluate import evaluate
+
+    figures = evaluate(parts, short=True).metrics(parts.config)
+    run.append_metrics({"kind": "evaluation", "step": step, "metrics": figures})
+
+
+def restore(path: Path, learner: Learner) -> int:
+    """Load adapters and optimizer; returns how many steps were done."""
+    from coars_fast.model.lora import load_adapter_state
+    from coars_fast.state.checkpoint import load_checkpoint, optimizer_from_tensors
+
+    step, tensors, _ = load_checkpoint(path)
+    for agent, name in enumerate(("recommender", "user")):
+        load_adapter_state(learner.decoder, agent, tensors[name], source=str(path / f"{name}.safetensors"))
+    optimizer_from_tensors(learner.optimizer, tensors["optimizer"], learner.named_parameters())
+    return step
+
+
+def save(run: RunFolder, learner: Learner, parts: Parts, step: int) -> None:
+    """Write a checkpoint, and both adapters as PEFT folders."""
+    from coars_fast.model.lora import adapter_state, save_peft
+    from coars_fast.state.checkpoint import optimizer_to_tensors, save_checkpoint
+
+    state: dict[str, Any] = {
+        name: adapter_state(learner.decoder, agent) for agent, name in enumerate(("recommender", "user"))
+    }
+    state["optimizer"] = optimizer_to_tensors(learner.optimizer, learner.named_parameters())
+    save_checkpoint(run.path, step, state, {"seed": parts.config.seed}, keep=parts.config.checkpoint.keep)
+    for agent, name in enumerate(("recommender", "user")):
+        save_peft(learner.decoder, agent, run.path / "adapters" / name, parts.base)
+
+
+def finish(parts: Parts, run: RunFolder, before: Evaluation, screen: Screen) -> None:
+    """The figures after training, beside those before."""
+    from coars_fast.summary import comparison_table, final_record, transcripts
+
+    after = measure(parts, screen, "evaluation after")
+    record = final_record(parts, before, after)
+    step = parts.config.train.num_steps
+    run.append_metrics({"kind": "evaluation", "step": step, "metrics": record["after"]})
+    run.append_episodes(transcripts(after.episodes[:12], parts.dataset.titles, "eval_after", step))
+    run.write_evaluation(record)
+    screen.console.print(comparison_table(record))
+    for warning in record["warnings"]:
+        screen.say(f"warning: {warning}")
+
+
+@cli.main_guard
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    train(cli.parse_config(argv))
+
+
+if __name__ == "__main__":
+    main()

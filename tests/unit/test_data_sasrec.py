@@ -1,0 +1,137 @@
+"""SASRec: its loss and gradients, what it learns, determinism, files, metrics."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from coars_fast.config import SASRecConfig, WorldConfig
+from coars_fast.data.sasrec import SASRec, _FullSoftmaxLoss, _windows, full_ranking, ranking_metrics, train_sasrec
+from coars_fast.data.world import make_world
+
+SMALL = SASRecConfig(hidden_size=16, num_epochs=2, max_length=6, batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def cycle() -> tuple[list[list[int]], SASRec]:
+    """Users who walk round a circle of 12 items from different starts."""
+    sequences = [[(start + t) % 12 for t in range(9)] for start in range(12)] * 6
+    config = SASRecConfig(hidden_size=32, num_epochs=40, max_length=8, batch_size=16, dropout=0.1, learning_rate=3e-3)
+    return sequences, train_sasrec(sequences, 12, config, seed=0)
+
+
+def test_softmax_loss_equals_cross_entropy_in_value_and_gradients(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("coars_fast.data.sasrec._SOFTMAX_ROWS", 7)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(23, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(11, (23,), generator=generator)
+    loss = _FullSoftmaxLoss.apply(hidden, weight, target)
+    expected = F.cross_entropy(hidden @ weight.T, target)
+    assert torch.allclose(loss, expected, rtol=1e-12)
+    for ours, theirs in zip(
+        torch.autograd.grad(3 * loss, (hidden, weight)),
+        torch.autograd.grad(3 * expected, (hidden, weight)),
+        strict=True,
+    ):
+        assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-14)
+
+
+def test_windows_make_every_item_but_the_first_a_target_once():
+    (windows,) = _windows([list(range(12))], 12, 5)
+    assert sorted(int(item) for window in windows for item in window[1:]) == list(range(1, 12))
+    assert windows[0].tolist() == [6, 7, 8, 9, 10, 11]
+    assert _windows([[3], [1, 2]], 12, 5)[0] == []
+
+
+def test_learns_a_cycle(cycle: tuple[list[list[int]], SASRec]):
+    sequences, model = cycle
+    metrics = ranking_metrics(model.score(sequences), [(s[-1] + 1) % 12 for s in sequences], k=1)
+    assert metrics["hr@1"] > 0.95, metrics
+
+
+def test_a_history_scores_the_same_in_any_company(cycle: tuple[list[list[int]], SASRec]):
+    _, model = cycle
+    alone = model.score([[3, 4]])
+    together = model.score([[3, 4], [1, 2, 3, 4, 5, 6, 7], [9]])
+    np.testing.assert_allclose(together[:1], alone, rtol=1e-4, atol=1e-4)
+    assert model.score([list(range(12))]).shape == (1, 12)  # longer than max_length: the latest count
+    np.testing.assert_allclose(model.score([list(range(12))]), model.score([list(range(4, 12))]), rtol=1e-4, atol=1e-4)
+
+
+def test_padding_holds_no_secret():
+    """What stands after a history's last item never changes its state."""
+    model = SASRec(9, SMALL).eval()
+    a, b = torch.tensor([[1, 2, 0, 0]]), torch.tensor([[1, 2, 7, 8]])
+    with torch.no_grad():
+        assert torch.equal(model(a, torch.tensor([2]))[:, :2], model(b, torch.tensor([2]))[:, :2])
+
+
+def test_same_seed_same_model_and_the_global_random_state_stays():
+    sequences = [[(u + t) % 9 for t in range(5)] for u in range(20)]
+    torch.manual_seed(123)
+    expected = torch.rand(3)
+    torch.manual_seed(123)
+    calls: list[tuple[int, int, float]] = []
+    first = train_sasrec(sequences, 9, SMALL, seed=4, progress=lambda *call: calls.append(call))
+    assert torch.equal(torch.rand(3), expected)
+    torch.rand(17)
+    second = train_sasrec(sequences, 9, SMALL, seed=4)
+    other = train_sasrec(sequences, 9, SMALL, seed=5)
+    assert all(torch.equal(v, second.state_dict()[k]) for k, v in first.state_dict().items())
+    assert not torch.equal(first.item_embedding.weight, other.item_embedding.weight)
+    assert [call[:2] for call in calls] == [(1, 2), (2, 2)] and calls[1][2] < calls[0][2] < 4.0
+
+
+def test_save_and_load_give_the_same_scores(tmp_path: Path, cycle: tuple[list[list[int]], SASRec]):
+    sequences, model = cycle
+    path = tmp_path / "sasrec.safetensors"
+    model.save(path)
+    loaded = SASRec.load(str(path))
+    assert loaded.config == model.config and not loaded.training
+    assert np.array_equal(loaded.score(sequences[:5]), model.score(sequences[:5]))
+    model.save(path)  # replaces
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_no_epochs_is_an_untrained_model():
+    assert train_sasrec([[0, 1]], 3, replace(SMALL, num_epochs=0), seed=0).score([[0]]).shape == (1, 3)
+
+
+def test_ranking_metrics_by_hand():
+    scores = np.array([[0.1, 0.9, 0.5], [0.3, 0.3, 0.3], [-np.inf, 1.0, 2.0]])
+    metrics = ranking_metrics(scores, [2, 0, 2], k=2)  # ranks 2, 3 (ties count against it), 1
+    assert metrics["hr@2"] == pytest.approx(2 / 3)
+    assert metrics["ndcg@2"] == pytest.approx((1 / np.log2(3) + 1) / 3)
+    for bad_scores, bad_targets in (
+        (scores, [0, 1]),
+        (scores, [0, 1, 3]),
+        (scores * np.nan, [0, 1, 2]),
+        (scores[0], [0]),
+    ):
+        with pytest.raises(ValueError, match="scores|targets"):
+            ranking_metrics(bad_scores, bad_targets)
+
+
+def test_full_ranking_leaves_the_history_out(cycle: tuple[list[list[int]], SASRec]):
+    _, model = cycle
+    histories = [[0, 1, 2]] * 300 + [[4, 5, 6, 7]]
+    assert full_ranking(model, histories, [3] * 300 + [8], k=1)["hr@1"] == pytest.approx(1.0)
+    assert full_ranking(model, [[0, 1, 2]], [2], k=8)["hr@8"] == 0.0  # seen, so ranked last
+
+
+def test_beats_popularity_in_the_synthetic_world():
+    world = make_world(WorldConfig(num_users=300))
+    train = [s[:-1] for s in world.sequences]
+    targets = [s[-1] for s in world.sequences]
+    model = train_sasrec(train, world.num_items, SASRecConfig(num_epochs=12, batch_size=32), seed=0)
+    popularity = np.bincount(np.concatenate([np.array(s) for s in train]), minlength=world.num_items).astype(float)
+    popular = np.tile(popularity, (world.num_users, 1))
+    for row, history in zip(popular, train, strict=True):
+        row[list(history)] = -np.inf
+    assert full_ranking(model, train, targets)["hr@10"] > 1.5 * ranking_metrics(popular, targets)["hr@10"]
