@@ -122,7 +122,7 @@ def _dtype(config: Config, device: torch.device) -> torch.dtype:
 def _sasrec(config: Config, dataset: Dataset, folder: Path, screen: Screen) -> SASRec:
     """SASRec of this data set and these settings: from the run folder, or trained."""
     split = make_split(dataset, config.data)
-    text = json.dumps([asdict(config.sasrec), dataset.num_items, split.train_sequences, config.data.eval_seed])
+    text = json.dumps([asdict(config.sasrec), dataset.num_items, split.train_sequences])
     path = folder / f"sasrec-{hashlib.sha256(text.encode()).hexdigest()[:12]}.safetensors"
     if path.is_file():
         return SASRec.load(path)
@@ -131,7 +131,7 @@ def _sasrec(config: Config, dataset: Dataset, folder: Path, screen: Screen) -> S
             split.train_sequences,
             dataset.num_items,
             config.sasrec,
-            seed=config.data.eval_seed,  # the same candidates whatever the run's seed
+            seed=config.sasrec.seed,
             progress=lambda epoch, of, loss: advance(epoch, f"loss {loss:.3f}"),
         )
     sasrec.save(path)

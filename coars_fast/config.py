@@ -79,6 +79,8 @@ class SASRecConfig:
     """Users a step."""
     learning_rate: float = 2e-3
     """Adam's learning rate."""
+    seed: int = 0
+    """Draws its weights, order and dropout; apart from the run's seed, so that runs share candidates."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +88,8 @@ class ModelConfig:
     """The language model that both agents share, and the adapters that are trained."""
 
     path: str | None = None
-    """Hugging Face folder or hub id of a Llama, Qwen2 or Qwen3 model (safetensors). Default: the shipped `tiny_base`."""
+    """Hugging Face folder or hub id of a Llama, Qwen2 or Qwen3 model (safetensors). Default: the shipped
+    `tiny_base`."""
     tokenizer: Literal["own", "catalogue"] = "own"
     """`own`: the model's. `catalogue`: train a byte-level BPE on the catalogue's titles and start each new token's
     embedding as the mean of the old tokens that spell it; needs `--warm-start`."""
@@ -113,8 +116,8 @@ class GameConfig:
     max_turns: int = 3
     """T: turns of an episode; a click ends it earlier."""
     prompts: Literal["brief", "full"] = "brief"
-    """`full` explains the task and the reply format to a model that has never seen them; `brief` suits models trained on
-    them."""
+    """`full` explains the task and the reply format to a model that has never seen them; `brief` suits models trained
+    on them."""
     alpha: float = 0.1
     """How strongly similar peers temper the user's reward (Eq. 8)."""
     stage: StageSensitivity = "asym"
@@ -243,7 +246,8 @@ class Config:
     seed: int = 0
     """Draws training episodes, sampling noise and adapter initialization."""
     resume: str | None = None
-    """`auto`: go on from the newest checkpoint in `--out` (or start there); or the path of a run or checkpoint folder."""
+    """`auto`: go on from the newest checkpoint in `--out` (or start there); or the path of a run or checkpoint
+    folder."""
     objective: Objective = "clipped"
     """`faithful`: exactly Eq. 11; `clipped`: importance ratio with clipping; `cispo`: clipped weight on the log-prob;
     `gspo`: turn-level ratio."""

@@ -2,21 +2,27 @@
 
     python -m coars_fast.evaluate RUN            # the adapters of a finished or running run
 
-Figures and protocol are DESIGN section 8's: Hit@1 of the last recommendation, F1-loop per turn, F1-disc on 20 items at 1:1,
-1:3 and 1:9, all with 95% bootstrap intervals over users. No reference is ever written here, and nothing is trained.
+Figures and protocol are DESIGN section 8's: Hit@1 of the last recommendation, F1-loop per turn, F1-disc on 20 items at
+1:1, 1:3 and 1:9, all with 95% bootstrap intervals over users. No reference is ever written here, and nothing is
+trained.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import tyro
 
-from coars_fast.config import Config
+from coars_fast import cli
+from coars_fast.build import Parts, build
+from coars_fast.config import Config, check
 from coars_fast.data.records import DiscriminationTask
+from coars_fast.errors import RunFolderError
 from coars_fast.game.episode import USER, Episode, Reply, judgement_prompt
 from coars_fast.game.metrics import (
     CONVERSATION,
@@ -31,12 +37,12 @@ from coars_fast.game.metrics import (
     table,
 )
 from coars_fast.game.prompts import parse_judgement
+from coars_fast.model.lora import load_peft
+from coars_fast.progress import Screen
 from coars_fast.rollout.play import Sampler, play
-from coars_fast.build import Parts
-from coars_fast.state.files import read_json
+from coars_fast.state.files import atomic_write_text, json_text, read_json
 
 RATIOS = (1, 3, 9)
-ALWAYS_YES = {1: 0.667, 3: 0.400, 9: 0.182}
 Progress = Callable[[str, int, int], None]
 
 
@@ -103,7 +109,9 @@ def evaluate(parts: Parts, *, short: bool = False, progress: Progress | None = N
     if not short:
         rows: list[dict[str, float]] = [dict.fromkeys(tables["greedy"], 0.0) for _ in greedy]
         for sample in range(config.eval.num_samples):
-            for row, episode in zip(rows, _conversations(parts, config, 1.0, 1 + sample, report("sampled")), strict=True):
+            for row, episode in zip(
+                rows, _conversations(parts, config, 1.0, 1 + sample, report("sampled")), strict=True
+            ):
                 for name, count in episode_counts(episode).items():
                     row[name] += count
         if config.eval.num_samples:
@@ -192,3 +200,58 @@ def _judge(parts: Parts, config: Config, views: list[list[int]], first: int) -> 
         for n, judgement in zip(again, ask(again, 1.0, 1), strict=True):
             judged[n] = judgement
     return judged
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Evaluate the adapters of a run on held-out users."""
+
+    run: tyro.conf.Positional[str]
+    """Run folder."""
+    eval_seed: int | None = None
+    """Other evaluation users, candidates and sampling noise than the run's."""
+    num_eval_users: int | None = None
+    """How many users, if not as many as the run's."""
+    candidates: str | None = None
+    """Other candidates than the run's (see `data.candidates`); figures of different modes are not comparable."""
+    out: str | None = None
+    """Where to write the figures. Default: `RUN/evaluation-<settings>.json`."""
+
+
+def evaluate_run(options: EvaluateConfig) -> Path:
+    """Evaluate the newest adapters of a run; prints a table, writes a JSON file and returns its path."""
+    folder = Path(options.run)
+    if not (folder / "config.json").is_file():
+        raise RunFolderError(f"{folder}: no config.json; name the folder of a run")
+    config = cli.config_from_dict(read_json(folder / "config.json"))
+    changes: dict[str, Any] = {
+        name: value
+        for name in ("eval_seed", "num_eval_users", "candidates")
+        if (value := getattr(options, name)) is not None
+    }
+    config = replace(config, data=replace(config.data, **changes))
+    check(config)
+    screen = Screen()
+    parts = build(config, folder, screen, adapters_follow=True)
+    for agent, name in enumerate(("recommender", "user")):
+        load_peft(parts.decoder, agent, folder / "adapters" / name)
+    with screen.bar("evaluation", 100) as advance:
+        found = evaluate(parts, progress=lambda part, done, of: advance(100 * done // of, part))
+    figures = found.metrics(config)
+    for name, interval in figures.items():
+        screen.say(f"{name:28} {interval['value']:.3f}  [{interval['low']:.3f}, {interval['high']:.3f}]")
+    suffix = "-".join(f"{name}-{value}" for name, value in changes.items()) or "again"
+    path = Path(options.out) if options.out else folder / f"evaluation-{suffix}.json"
+    atomic_write_text(path, json_text({"metrics": figures, "settings": changes, "users": found.counts()}))
+    screen.say(f"written to {path}")
+    return path
+
+
+@cli.main_guard
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    evaluate_run(cli.parse(EvaluateConfig, argv, "python -m coars_fast.evaluate"))
+
+
+if __name__ == "__main__":
+    main()

@@ -44,24 +44,48 @@ STYLE: dict[Any, Any] = {
 
 LABELS = {
     "hit@1": "Hit@1",
-    "hit@1_sampled": "Hit@1, sampled",
-    "hit@1_turn1": "Hit@1, turn 1",
-    "hit@1_turn1_sampled": "Hit@1, turn 1, sampled",
-    "user_f1": "User F1 (loop)",
+    "hit@1_first_turn": "Hit@1, first turn",
+    "mean_turns": "Mean turns",
+    "repeat_rate": "Repeated items",
+    "user_f1": "User F1",
+    "user_precision": "User precision",
+    "user_recall": "User recall",
+    "user_f1_disc": "User F1-disc",
+    "user_f1_disc_macro": "User F1-disc, macro",
+    "user_precision_disc": "User precision, disc",
     "acceptance": "Acceptance",
-    "precision": "User precision",
+    "acceptance_disc": "Acceptance, disc",
     "false_positive_rate": "False positives",
-    "repeated_item_rate": "Repeated items",
     "exclusion_rate": "Excluded turns",
     "parse_failure_rec": "Parse failures, recommender",
     "parse_failure_user": "Parse failures, user",
-    "mean_turns": "Mean turns",
 }
+# What the bars show of the many metrics in evaluation.json; the report's table has all.
+HEADLINES = (
+    "hit@1",
+    "hit@1_sampled",
+    "hit@1_first_turn",
+    "user_f1",
+    "user_precision",
+    "user_f1_disc@1:1",
+    "user_f1_disc@1:3",
+    "user_f1_disc@1:9",
+    "acceptance",
+    "false_positive_rate",
+    "repeat_rate",
+    "parse_failure_rec",
+    "parse_failure_user",
+    "mean_turns",
+)
 
 
 def label(name: str) -> str:
-    """What a metric is called in figures and tables."""
-    return LABELS.get(name) or name.replace("_", " ")
+    """What a metric is called in figures and tables: `hit@1_sampled` -> "Hit@1, sampled"."""
+    stem, ratio = (name, "") if name in LABELS else name.partition("@1:")[::2]
+    sampled = stem.endswith("_sampled")
+    stem = stem.removesuffix("_sampled")
+    text = LABELS.get(stem) or stem.replace("_", " ")
+    return text + (", sampled" if sampled else "") + (f", 1:{ratio}" if ratio else "")
 
 
 def learning_curves(metrics: Sequence[Record], evaluations: Sequence[Record], out: Path) -> Path | None:
@@ -97,7 +121,8 @@ def learning_curves(metrics: Sequence[Record], evaluations: Sequence[Record], ou
 def before_after(evaluation: Record, out: Path) -> Path | None:
     """Draw `before_after.png` into the folder `out` from the content of `evaluation.json`; None if it lacks either."""
     before, after = evaluation.get("before") or {}, evaluation.get("after") or {}
-    names = [name for name in after if _value(before.get(name)) is not None and _value(after[name]) is not None]
+    both = [name for name in after if _value(before.get(name)) is not None and _value(after[name]) is not None]
+    names = [name for name in HEADLINES if name in both] or both
     rates = [name for name in names if all(-1 <= (_value(side[name]) or 0) <= 1 for side in (before, after))]
     others = [name for name in names if name not in rates]
     groups = [(group, text) for group, text in ((rates, "rates and scores"), (others, "other units")) if group]
@@ -138,7 +163,7 @@ PANELS: tuple[tuple[str, Lines, Lines], ...] = (
         (
             ("hit@1", "greedy", BLUE),
             ("hit@1_sampled", "sampled", ORANGE),
-            ("hit@1_turn1", "greedy, turn 1", GREEN),
+            ("hit@1_first_turn", "greedy, first turn", GREEN),
         ),
     ),
     (
@@ -148,7 +173,7 @@ PANELS: tuple[tuple[str, Lines, Lines], ...] = (
             ("acceptance", "acceptance", ORANGE),
             ("false_positive_rate", "false positives", PINK),
         ),
-        (("user_f1", "F1, evaluation", GREEN), ("user_f1_disc", "F1-disc, evaluation", RED)),
+        (("user_f1", "F1, evaluation", GREEN), ("user_f1_disc@1:1", "F1-disc 1:1, evaluation", RED)),
     ),
     (
         "Credit and clipping",
@@ -266,7 +291,7 @@ def _finish(axes: Axes) -> None:
         axes.set_ylim(bottom=0, top=None if highest > 0 else 1)
     else:
         axes.axhline(0, color="#888888", linewidth=0.8, zorder=1)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True))
     # Room above the curves, so that the legend covers none of them.
     count = len(axes.get_legend_handles_labels()[0])
     low, high = axes.get_ylim()

@@ -2,10 +2,10 @@
 
     python -m coars_fast.pretrain --out coars_fast/tiny_base
 
-A stock Qwen3-shaped decoder (3 layers of 96) with its own byte-level BPE tokenizer, trained from random weights on lessons
-from many random synthetic worlds (`game/lessons.py`): reading titles, finding them in lists, the reply formats, following a
-reference, and conversations of a scripted pair with systematic faults. Same seed, same number of threads: same weights.
-What it leaves out: anything that a general model would know.
+A stock Qwen3-shaped decoder (3 layers of 96) with its own byte-level BPE tokenizer, trained from random weights on
+lessons from many random synthetic worlds (`game/lessons.py`): reading titles, finding them in lists, the reply formats,
+following a reference, and conversations of a scripted pair with systematic faults. Same seed, same number of threads:
+same weights. What it leaves out: anything that a general model would know.
 """
 
 from __future__ import annotations
@@ -60,7 +60,14 @@ def lexicon_texts() -> list[str]:
     texts = [f" {a}" for a in words] * 20 + prompts * 20
     texts += [f"Score: {s:.2f}" for ss in SCORES.values() for s in ss] * 200
     texts += [f" {n}." for n in range(1, 21)] * 200
-    texts += ["system\nuser\nassistant\n", "Kinds: Candidates: History: Items:", "likes popular", " yes, no.", "; \nAction: click star skip dislike", "Reason: Item:"] * 200
+    texts += [
+        "system\nuser\nassistant\n",
+        "Kinds: Candidates: History: Items:",
+        "likes popular",
+        " yes, no.",
+        "; \nAction: click star skip dislike",
+        "Reason: Item:",
+    ] * 200
     return texts
 
 

@@ -1,4 +1,5 @@
-"""Records and tables of a run: what goes into metrics.jsonl, episodes.jsonl and evaluation.json, and onto the screen."""
+"""Records and tables of a run: what goes into metrics.jsonl, episodes.jsonl and evaluation.json, and onto the
+screen."""
 
 from __future__ import annotations
 
@@ -106,9 +107,8 @@ def warnings(figures: Mapping[str, Mapping[str, float]]) -> list[str]:
     for name in ("acceptance", "acceptance_disc@1:1"):
         value = figures.get(name, {"value": 0.5})["value"]
         if not 0.05 <= value <= 0.95:
-            found.append(
-                f"{name} is {value:.1%}: the user agent {'accepts nearly everything' if value > 0.5 else 'accepts next to nothing'}"
-            )
+            habit = "accepts nearly everything" if value > 0.5 else "accepts next to nothing"
+            found.append(f"{name} is {value:.1%}: the user agent {habit}")
     for name in ("parse_failure_rec", "parse_failure_user"):
         if figures[name]["value"] > 0.1:
             found.append(f"{name} is {figures[name]['value']:.1%}: replies are often not in the required format")
@@ -122,10 +122,14 @@ def comparison_table(record: Mapping[str, Any]) -> RichTable:
         shown.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for name in SHOWN:
         if name in record["before"] and name in record["after"]:
-            cells = [_cell(record[part][name], sign) for part, sign in (("before", ""), ("after", ""), ("difference", "+"))]
+            cells = [
+                _cell(record[part][name], sign) for part, sign in (("before", ""), ("after", ""), ("difference", "+"))
+            ]
             shown.add_row(name, *cells)
     return shown
 
 
 def _cell(interval: Mapping[str, float], sign: str) -> str:
-    return f"{interval['value']:{sign}.3f} [{interval['low']:{sign}.3f}, {interval['high']:{sign}.3f}]".replace("[", "\\[")
+    return f"{interval['value']:{sign}.3f} [{interval['low']:{sign}.3f}, {interval['high']:{sign}.3f}]".replace(
+        "[", "\\["
+    )

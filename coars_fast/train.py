@@ -3,10 +3,10 @@
     python -m coars_fast.train                      # the embedded default: minutes on a laptop
     python -m coars_fast.train --help               # every setting
 
-Read this file first: a run builds its parts, evaluates, then repeats the method's step (play episodes, reward the turns,
-write hindsight references, pack, update both adapters), evaluates again and writes a report. Everything random is a function
-of the seed and the step, so a resumed run needs no random state. What is left to other files: the conversation (`game/`),
-playing it (`rollout/`), the update (`learn/`), the figures (`evaluate.py`).
+Read this file first: a run builds its parts, evaluates, then repeats the method's step (play episodes, reward the
+turns, write hindsight references, pack, update both adapters), evaluates again and writes a report. Everything random
+is a function of the seed and the step, so a resumed run needs no random state. What is left to other files: the
+conversation (`game/`), playing it (`rollout/`), the update (`learn/`), the figures (`evaluate.py`).
 """
 
 from __future__ import annotations

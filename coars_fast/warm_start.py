@@ -1,8 +1,9 @@
 """The warm start (`--warm-start`): supervised fine-tuning on conversations written from the training part.
 
-A model that never saw the reply formats, or was given a new tokenizer, learns them here, with what the training part says
-about users: conversations in which the recommender names the item that was really taken, and the user agent takes it and
-turns others down. Some replies follow a reference, so that the teacher of CoARS can. It is plain imitation: CoARS comes after.
+A model that never saw the reply formats, or was given a new tokenizer, learns them here, with what the training part
+says about users: conversations in which the recommender names the item that was really taken, and the user agent takes
+it and turns others down. Some replies follow a reference, so that the teacher of CoARS can. It is plain imitation:
+CoARS comes after.
 """
 
 from __future__ import annotations

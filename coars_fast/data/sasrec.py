@@ -31,7 +31,7 @@ Progress = Callable[[int, int, float], None]
 """Called after every epoch with (epochs done, epochs in all, mean loss in nats)."""
 
 _SOFTMAX_ROWS = 512  # logits of so many rows (20 MB at 10,000 items) stay in the cache of a core
-_WINDOWS_PER_USER = 4  # of a sequence that is longer, so many windows are drawn in each epoch: heavy users cost less
+_WINDOWS_PER_USER = 2  # drawn in each epoch from a sequence that has more
 _SCORE_ROWS = 256  # histories encoded at a time
 _FORMAT = "coars_fast.sasrec.1"
 

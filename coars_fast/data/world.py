@@ -1,9 +1,10 @@
-"""The synthetic world of the embedded default: a catalogue whose titles show a genre and a style, and users with tastes.
+"""The synthetic world of the embedded default: a catalogue whose titles show a genre and a style, and users with
+tastes.
 
 A title is a style word and a genre word ("Gentle Galaxy" is calm, about space). The words mean the same in every world;
-the catalogue, what is popular, the users and their histories are drawn anew from the seed. So a model that was pretrained
-on many worlds can read a new one, and has to find out what its users like. What it leaves out: drifting tastes, series,
-anything that a title does not show.
+the catalogue, what is popular, the users and their histories are drawn anew from the seed. So a model that was
+pretrained on many worlds can read a new one, and has to find out what its users like. What it leaves out: drifting
+tastes, series, anything that a title does not show.
 """
 
 from __future__ import annotations

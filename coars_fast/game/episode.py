@@ -1,7 +1,8 @@
 """One conversation as a state machine: who speaks next, what they see, what their replies mean, what they earn.
 
-It owns two append-only token sequences, the recommender's view and the user's view (DESIGN section 2). It neither runs a
-model nor knows one: a rollout asks `waiting`, extends and decodes that agent's view, and hands the reply to `receive`.
+It owns two append-only token sequences, the recommender's view and the user's view (DESIGN section 2). It neither runs
+a model nor knows one: a rollout asks `waiting`, extends and decodes that agent's view, and hands the reply to
+`receive`.
 """
 
 from __future__ import annotations
@@ -207,8 +208,14 @@ def peers_text(count: int, num_peers: int, config: GameConfig) -> str:
 
 
 def judgement_prompt(
-    history: Sequence[int], item: int, titles: Sequence[str], peer_count: int, num_peers: int,
-    codec: TextCodec, template: TokenTemplate, config: GameConfig,
+    history: Sequence[int],
+    item: int,
+    titles: Sequence[str],
+    peer_count: int,
+    num_peers: int,
+    codec: TextCodec,
+    template: TokenTemplate,
+    config: GameConfig,
 ) -> list[int]:
     """Tokens of a user agent's view that is asked about one item outside a conversation (F1-disc)."""
     message = PROMPTS[config.prompts].neutral_rec.format(title=one_line(titles[item]))

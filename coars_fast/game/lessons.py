@@ -63,7 +63,7 @@ class LessonMaker:
         """Find titles in a numbered list by what they are: many queries to a list."""
         titles = draw_titles(int(rng.integers(2, max_items + 1)), rng)
         picks = rng.choice(len(titles), size=min(len(titles), 6), replace=False)
-        # A query names style and genre; a list seldom holds two titles of one kind, and then either is right to learn from.
+        # A query names style and genre; where a list holds two titles of one kind, either may be the answer.
         answers = []
         for i in picks:
             answers += [(f" {' '.join(kind(titles[i]))}", False), (f". Item: {i + 1}. {titles[i]}\n", True)]

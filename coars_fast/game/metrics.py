@@ -1,7 +1,7 @@
 """Figures of finished conversations, with bootstrap intervals over users (DESIGN section 8).
 
-Every metric is a function of sums over users, so that resampling users is a product of counts with a table. An evaluation's
-table has one row per user and one column per count below.
+Every metric is a function of sums over users, so that resampling users is a product of counts with a table. An
+evaluation's table has one row per user and one column per count below.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Scripted agents of the synthetic world, with systematic faults: what `tiny_base` is pretrained to imitate.
 
 The recommender reads the genre that a user likes but seldom the style: it leans to what is popular. The user sees both
-and judges too leniently. Faults are habits, not noise, so that greedy decoding has something to unlearn; the right behaviour
-occurs too, less often, so that sampling can find it.
+and judges too leniently. Faults are habits, not noise, so that greedy decoding has something to unlearn; the right
+behaviour occurs too, less often, so that sampling can find it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ POPULAR_RATE = 0.7
 LENIENT = ((0.04, 0.46, 0.35, 0.15), (0.35, 0.35, 0.25, 0.05), (0.85, 0.13, 0.015, 0.005))
 STRICT = ((0.0, 0.0, 0.3, 0.7), (0.0, 0.1, 0.7, 0.2), (0.95, 0.05, 0.0, 0.0))
 ACTIONS = ("click", "star", "skip", "dislike")
-SCORES = {"click": (0.80, 0.90, 0.95), "star": (0.55, 0.60, 0.70), "skip": (0.30, 0.40, 0.45), "dislike": (0.05, 0.10, 0.20)}
+SCORES = {
+    "click": (0.80, 0.90, 0.95),
+    "star": (0.55, 0.60, 0.70),
+    "skip": (0.30, 0.40, 0.45),
+    "dislike": (0.05, 0.10, 0.20),
+}
 
 
 def favourite(names: Sequence[str]) -> str:
@@ -40,7 +45,8 @@ def taste(history: Sequence[str]) -> tuple[str, str]:
 
 
 def choose(candidates: Sequence[str], style: str, genre: str, tried: set[str]) -> int:
-    """Index of the untried candidate that fits best; the style may be `popular`, then fashion decides within the genre."""
+    """Index of the untried candidate that fits best; the style may be `popular`, then fashion decides within the
+    genre."""
 
     def fit(index: int) -> tuple[bool, float, float]:
         title = candidates[index]

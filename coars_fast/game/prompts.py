@@ -1,7 +1,7 @@
 """What the agents are told and how they answer: prompt texts, reply formats and their parsing.
 
-Two sets of texts: `brief` for models that were trained on the format, `full` for models that never saw it. No text that a
-student or an evaluation sees is ever given the truth; only `reference_*` is (used in training, by the teacher alone).
+Two sets of texts: `brief` for models that were trained on the format, `full` for models that never saw it. No text that
+a student or an evaluation sees is ever given the truth; only `reference_*` is (used in training, by the teacher alone).
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ FULL = PromptSet(
     ),
     first_rec="The user's history, oldest first:\n{history}\n\nCandidates:\n{candidates}",
     system_user=(
-        "You are a user with the history below. A recommender suggests items one at a time. Judge each by whether it is "
-        "the next item that you would really take. click: exactly that; star: interesting; skip: not now; dislike: "
+        "You are a user with the history below. A recommender suggests items one at a time. Judge each by whether it "
+        "is the next item that you would really take. click: exactly that; star: interesting; skip: not now; dislike: "
         "unwanted. The score says how willing you are, dislike 0.00-0.24, skip 0.25-0.49, star 0.50-0.74, click "
         "0.75-1.00. Reply in exactly this format:\nReason: <one sentence>\nAction: <click|star|skip|dislike>\n"
         "Score: <0.00-1.00>\n\nYour history, oldest first:\n{history}"
@@ -69,8 +69,8 @@ FULL = PromptSet(
     peers="\n\n({count} of {num} users with a similar taste chose this item.)",
     invalid_rec="The reply was not in the required format, or named no candidate.",
     reference_rec=(
-        "Hindsight, for this answer only. The answer given was:\n{transcript}\nIt was {verdict}: the item that the user "
-        "took next is {item}. A correct answer ends with:\nItem: {item}"
+        "Hindsight, for this answer only. The answer given was:\n{transcript}\nIt was {verdict}: the item that the "
+        "user took next is {item}. A correct answer ends with:\nItem: {item}"
     ),
     reference_user=(
         "Hindsight, for this answer only. The answer given was:\n{transcript}\nThe user {took} {item}, so the correct "

@@ -1,7 +1,8 @@
-"""d_t, the hindsight reference that only the teacher sees: a deterministic template over the finished turn (our choice).
+"""d_t, the hindsight reference that only the teacher sees: a deterministic template over the finished turn (our
+choice).
 
-It holds what was wrong or right, the true item and the corrected answer. It exists in training only: an evaluation never
-writes one, and no ground truth reaches a student's sequence.
+It holds what was wrong or right, the true item and the corrected answer. It exists in training only: an evaluation
+never writes one, and no ground truth reaches a student's sequence.
 """
 
 from __future__ import annotations

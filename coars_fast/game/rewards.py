@@ -1,7 +1,7 @@
 """Interaction rewards of both agents (CoARS Eq. 7 and 8), stage sensitivity D_t and the exclusion rule.
 
-What the public material leaves open is chosen here and marked so: D_t's shape, the value of an invalid reply, and that the
-exclusion applies to the recommender's reward only (DESIGN section 1 says why).
+What the public material leaves open is chosen here and marked so: D_t's shape, the value of an invalid reply, and that
+the exclusion applies to the recommender's reward only (DESIGN section 1 says why).
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def reward_turn(
 ) -> TurnReward:
     """Both rewards of a turn.
 
-    An invalid recommender reply is a miss with s = .5 and the user does not speak; an invalid user reply earns the user -1
-    and leaves the recommender s = .5. Neither is an accepted miss, so neither is excluded.
+    An invalid recommender reply is a miss with s = .5 and the user does not speak; an invalid user reply earns the user
+    -1 and leaves the recommender s = .5. Neither is an accepted miss, so neither is excluded.
     """
     score = judgement.score if judgement else NEUTRAL_SCORE
     weight = stage_sensitivity(stage, hit=hit, turn=turn, max_turns=max_turns)

@@ -22,8 +22,8 @@ def balance(hits: Sequence[bool]) -> list[float]:
 def trajectories(episodes: Sequence[Episode], game: GameConfig) -> list[Trajectory]:
     """Both views of every episode, with a reward, a weight and a reference for each reply.
 
-    Excluded turns have weight 0: they stay in the sequence and are not learned from. The user agent's turns are balanced
-    between hits and misses where the game says so (our choice; DESIGN section 1 says why).
+    Excluded turns have weight 0: they stay in the sequence and are not learned from. The user agent's turns are
+    balanced between hits and misses where the game says so (our choice; DESIGN section 1 says why).
     """
     spoken = [turn for episode in episodes for turn in episode.turns if turn.user_spoke]
     balanced = balance([turn.hit for turn in spoken]) if game.balance_user_turns else [1.0] * len(spoken)

@@ -1,7 +1,7 @@
 """What a turn's reward weighs in the loss: baselines, balance and normalization, per agent over the whole batch.
 
-Kept apart from the loss itself (`coars_kernels.credit_policy_loss`), which only adds weighted turns: so micro-batches add up
-to the same gradient however many there are.
+Kept apart from the loss itself (`coars_kernels.credit_policy_loss`), which only adds weighted turns: so micro-batches
+add up to the same gradient however many there are.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Trajectories -> packed batches (DESIGN section 4): all turns of both agents in one row of tokens.
 
-The teacher's contexts are written here as branches (what follows a fork of the student's sequence); `teacher_inputs` unrolls
-them into whole sequences for a plain re-prefill. The two-stream step will read the branches as they are.
+The teacher's contexts are written here as branches (what follows a fork of the student's sequence); `teacher_inputs`
+unrolls them into whole sequences for a plain re-prefill. The two-stream step will read the branches as they are.
 """
 
 from __future__ import annotations
@@ -135,7 +135,9 @@ def teacher_inputs(batch: PackedBatch) -> TeacherInputs:
         batch.token_ids[from_trunk.clamp(max=len(batch.token_ids) - 1)],
     )
     # A teacher row in branch coordinates moves by what lies before its branch in the unrolled batch.
-    branch_of_row = torch.arange(len(branch), device=device).repeat_interleave(batch.turn_offsets.diff().to(torch.int64))
+    branch_of_row = torch.arange(len(branch), device=device).repeat_interleave(
+        batch.turn_offsets.diff().to(torch.int64)
+    )
     shift = starts + context - batch.cu_branch[:-1].to(torch.int64)
     return TeacherInputs(
         token_ids=token_ids,

@@ -1,7 +1,7 @@
 """The training step: student forward, teacher by re-prefill, fused head and loss, one AdamW step on both adapters.
 
-The teacher is the same model with the same adapters on [context, reference, reply], without gradient. Left out here: the
-two-stream forward that spares the teacher its context, and distribution over devices.
+The teacher is the same model with the same adapters on [context, reference, reply], without gradient. Left out here:
+the two-stream forward that spares the teacher its context, and distribution over devices.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from coars_kernels import fused_credit_loss, linear_logprob
 from torch import Tensor
 
 from coars_fast.config import Config
@@ -22,6 +21,7 @@ from coars_fast.learn.packing import PackedBatch, pack, split, teacher_inputs
 from coars_fast.model.attention import PackedAttention
 from coars_fast.model.decoder import Decoder
 from coars_fast.model.lora import adapter_parameters
+from coars_kernels import fused_credit_loss, linear_logprob
 
 AGENT_NAMES = ("rec", "user")
 

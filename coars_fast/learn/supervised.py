@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
-from coars_kernels import linear_logprob
 from torch import Tensor
 
 from coars_fast.data.records import Lesson
 from coars_fast.errors import NonFiniteError
 from coars_fast.model.attention import PackedAttention
 from coars_fast.model.decoder import Decoder
+from coars_kernels import linear_logprob
 
 
 def lesson_logp(decoder: Decoder, lessons: Sequence[Lesson], agents: Sequence[int] | None = None) -> Tensor:

@@ -1,13 +1,14 @@
 """Byte-level BPE tokenizers trained on the spot: `tiny_base`'s own, and one for a catalogue's text.
 
-They use ChatML's special tokens, so small models go through the same token template as Qwen's. `transplant` gives a model a
-new tokenizer: each new token starts as the mean of the old tokens that spell it (fast vocabulary transfer,
+They use ChatML's special tokens, so small models go through the same token template as Qwen's. `transplant` gives a
+model a new tokenizer: each new token starts as the mean of the old tokens that spell it (fast vocabulary transfer,
 arXiv 2402.09977).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,8 +51,8 @@ def transplant(decoder: Decoder, old: Any, new: Any) -> None:
     """Replace the embedding (and head) for the tokenizer `new`, in place.
 
     Args:
-        decoder: a model whose embedding belongs to `old`.
-        old, new: fast tokenizers; special tokens of the same name keep their vectors, every other token of `new` becomes
+        decoder: a model whose embedding belongs to `old`. old, new: fast tokenizers; special tokens of the same name
+        keep their vectors, every other token of `new` becomes
             the mean of the vectors of the `old` tokens that spell its text.
     """
     old_vocab = old.get_vocab()
@@ -70,5 +71,4 @@ def transplant(decoder: Decoder, old: Any, new: Any) -> None:
             module.num_embeddings = len(rows)
         else:
             module.out_features = len(rows)  # pyright: ignore
-    object.__setattr__(decoder.config, "vocab_size", len(rows))
-
+    decoder.config = replace(decoder.config, vocab_size=len(rows))

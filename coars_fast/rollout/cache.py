@@ -3,7 +3,8 @@
 The simple form: dense [sequences, heads, capacity, head size] per layer, grown as conversations grow. It works for any
 decoder that takes an `attend` object; paged memory comes with the rollout engine.
 
-Shape suffixes: B sequences of one call, N new tokens, T cached positions, L longest new part, Hq/Hkv heads, D head size.
+Shape suffixes: B sequences of one call, N new tokens, T cached positions, L longest new part, Hq/Hkv heads, D head
+size.
 """
 
 from __future__ import annotations

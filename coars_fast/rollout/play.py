@@ -1,8 +1,9 @@
 """Play episodes in lockstep: all recommenders that are due, then all users, until every conversation is over.
 
-The K/V of both views stays cached across turns; each turn prefills only what is new to the agent. Log-probs are recorded
-when a token is sampled. A token depends on the seed, its episode's id and its position, never on the batch: noise is
-counter-based (`coars_kernels.sample_with_logprob`). Left out: continuous batching, paging, graphs (the engine's).
+The K/V of both views stays cached across turns; each turn prefills only what is new to the agent. Log-probs are
+recorded when a token is sampled. A token depends on the seed, its episode's id and its position, never on the batch:
+noise is counter-based (`coars_kernels.sample_with_logprob`). Left out: continuous batching, paging, graphs (the
+engine's).
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from coars_kernels import sample_with_logprob
 from torch import Tensor
 
 from coars_fast.errors import ConfigError
 from coars_fast.game.episode import Episode, Reply
 from coars_fast.model.decoder import Decoder
 from coars_fast.rollout.cache import CachedAttention, KVCache
+from coars_kernels import sample_with_logprob
 
 Progress = Callable[[int, int], None]
 
@@ -59,7 +60,12 @@ class Sampler:
 
     @torch.no_grad()
     def reply(
-        self, rows: Sequence[int], views: Sequence[Sequence[int]], agents: Sequence[int], ids: Sequence[int], temperature: float
+        self,
+        rows: Sequence[int],
+        views: Sequence[Sequence[int]],
+        agents: Sequence[int],
+        ids: Sequence[int],
+        temperature: float,
     ) -> list[Reply]:
         """Sample one reply for each sequence.
 

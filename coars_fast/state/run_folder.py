@@ -122,7 +122,7 @@ class RunFolder:
     def _append(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
         if name not in self._files:
             _drop_torn_line(self.path / name)
-            self._files[name] = open(self.path / name, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+            self._files[name] = open(self.path / name, "a", encoding="utf-8", buffering=1)
         for record in records:
             self._files[name].write(json_line(record))
         self._files[name].flush()
@@ -170,7 +170,7 @@ def _acquire(folder: Path) -> IO[str]:
     """The open, locked `run.lock` of `folder`, with this process's pid, host and start time inside."""
     path = folder / "run.lock"
     try:
-        lock = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+        lock = open(path, "a+", encoding="utf-8")
     except OSError as error:
         raise RunFolderError(f"{path}: {error.strerror}; choose another --out") from error
     try:

@@ -15,7 +15,9 @@ def test_import_contracts(capsys):
     assert code == 0, capsys.readouterr().out
 
 
-@pytest.mark.parametrize("modules", ["coars_fast.config, coars_fast.cli", "coars_fast.plots, coars_fast.report"])
+@pytest.mark.parametrize(
+    "modules", ["coars_fast.config, coars_fast.cli, coars_fast.train", "coars_fast.plots, coars_fast.report"]
+)
 def test_light_modules_import_no_torch(modules):
     program = f"import sys, {modules}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0

@@ -77,3 +77,17 @@ def test_before_after(tmp_path):
     path = plots.before_after(EVALUATION, tmp_path)
     assert path == tmp_path / "before_after.png" and is_figure(path)
     assert plots.plt.get_fignums() == [], "figures are closed"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("hit@1", "Hit@1"),
+        ("hit@1_sampled", "Hit@1, sampled"),
+        ("hit@1_first_turn_sampled", "Hit@1, first turn, sampled"),
+        ("user_f1_disc@1:3", "User F1-disc, 1:3"),
+        ("new_metric", "new metric"),
+    ],
+)
+def test_labels(name, text):
+    assert plots.label(name) == text
