@@ -25,6 +25,7 @@ from coars_fast.data.records import DiscriminationTask
 from coars_fast.errors import RunFolderError
 from coars_fast.game.episode import USER, Episode, Reply, judgement_prompt
 from coars_fast.game.metrics import (
+    CONFUSION,
     CONVERSATION,
     DISCRIMINATION,
     Interval,
@@ -153,10 +154,7 @@ def discriminate(
         )
         for t, i in asked
     ]  # fmt: skip
-    rows = [
-        dict.fromkeys("true_positives false_positives false_negatives true_negatives user_replies".split(), 0.0)
-        for _ in tasks
-    ]
+    rows: list[dict[str, float]] = [dict.fromkeys((*CONFUSION, "user_replies"), 0.0) for _ in tasks]
     for first in range(0, len(asked), config.rollout.batch_size):
         chunk = range(first, min(first + config.rollout.batch_size, len(asked)))
         judged = _judge(parts, config, [views[n] for n in chunk], chunk.start)

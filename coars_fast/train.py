@@ -43,7 +43,7 @@ def train(config: Config) -> Path:
     screen, out = Screen(), run_path(config)
     with RunFolder.open(out, cli.config_to_dict(config), resume=config.resume is not None) as run:
         screen.say(f"run folder {out}")
-        found = checkpoint.find_checkpoint(config.resume if is_checkpoint(config) else out)
+        found = checkpoint.find_checkpoint(config.resume if config.resume and is_checkpoint(config) else out)
         parts = build(config, out, screen, adapters_follow=found is not None)
         learner = Learner(parts.decoder, config)
         before = first_evaluation(parts, run, screen)
@@ -70,10 +70,10 @@ def train(config: Config) -> Path:
                 last = done == config.train.num_steps
                 if step == 0 or last or done % config.checkpoint.every == 0:
                     run.append_episodes(transcripts(episodes[:4], parts.dataset.titles, "train", done))
-                if last or done % config.checkpoint.every == 0:
-                    save(run, learner, parts, done)
                 if config.eval.every and not last and done % config.eval.every == 0:
                     evaluate_briefly(parts, run, done)
+                if last or done % config.checkpoint.every == 0:
+                    save(run, learner, parts, done)
                 advance(done, step_line(metrics))
         finish(parts, run, before, screen)
     report = write_report(out)

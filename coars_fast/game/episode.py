@@ -132,6 +132,7 @@ class Episode:
         """Take the waiting agent's reply, and move on to the partner or to the end of the episode."""
         assert self.waiting is not None, "the episode is over"
         assert reply.ids and len(reply.ids) == len(reply.logp)
+        assert self.template.control.isdisjoint(reply.ids[:-1]), "sampling ends a reply at its first control token"
         if self.waiting == RECOMMENDER:
             self._receive_recommendation(reply)
         else:

@@ -18,10 +18,12 @@ Interval = dict[str, float]
 """`value`, `low`, `high`."""
 Metric = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 
-COUNTS = (
-    "episodes hits first_hits turns repeats later_turns rec_replies rec_invalid user_replies user_invalid "
-    "true_positives false_positives false_negatives true_negatives excluded"
-).split()
+CONFUSION: tuple[str, ...] = ("true_positives", "false_positives", "false_negatives", "true_negatives")
+COUNTS: tuple[str, ...] = (
+    *("episodes", "hits", "first_hits", "turns", "repeats", "later_turns", "excluded"),
+    *("rec_replies", "rec_invalid", "user_replies", "user_invalid"),
+    *CONFUSION,
+)
 
 
 def episode_counts(episode: Episode) -> dict[str, float]:
@@ -47,12 +49,7 @@ def episode_counts(episode: Episode) -> dict[str, float]:
 
 def label_name(truth: bool, positive: bool) -> str:
     """Cell of the confusion table."""
-    return {
-        (True, True): "true_positives",
-        (False, True): "false_positives",
-        (True, False): "false_negatives",
-        (False, False): "true_negatives",
-    }[truth, positive]
+    return f"{'true' if truth == positive else 'false'}_{'positives' if positive else 'negatives'}"
 
 
 def table(rows: Sequence[Mapping[str, float]]) -> Table:

@@ -104,20 +104,26 @@ def format_judgement(reason: str, action: Action, score: float) -> str:
     return f"Reason: {reason}\nAction: {action}\nScore: {score:.2f}"
 
 
+def last_field(text: str, name: str) -> str | None:
+    """What follows `name:` on the last line that starts so; None where no line does."""
+    found = re.findall(rf"^[^\S\n]*{name}:(.*)$", text, flags=re.MULTILINE | re.IGNORECASE)
+    return found[-1].strip() if found else None
+
+
 def parse_recommendation(text: str, titles: Sequence[str]) -> int | None:
     """Index of the candidate that a recommender's reply names: by number, then by normalised title; else None.
 
     The last line that starts with `Item:` counts.
     """
-    found = re.findall(r"^\s*Item:\s*(.*?)\s*$", text, flags=re.MULTILINE | re.IGNORECASE)
-    if not found:
+    named = last_field(text, "Item")
+    if named is None:
         return None
-    named = found[-1]
     number = re.match(r"(\d{1,6})(?!\d)\s*(?:[.):]|$)", named)
     if number and 1 <= int(number[1]) <= len(titles):
         return int(number[1]) - 1
-    wanted = normal(re.sub(r"^\d+\s*[.):]\s*", "", named))
-    matches = [i for i, title in enumerate(titles) if normal(title) == wanted] if wanted else []
+    # A title may begin with a number itself: "2001: A Space Odyssey".
+    wanted = {normal(named), normal(re.sub(r"^\d+\s*[.):]\s*", "", named))} - {""}
+    matches = [i for i, title in enumerate(titles) if normal(title) in wanted]
     return matches[0] if len(matches) == 1 else None
 
 
@@ -137,15 +143,14 @@ class Judgement:
 
 
 def parse_judgement(text: str) -> Judgement | None:
-    """Action and score of a user's reply, or None where either is missing or unknown.
+    """Action and score of a user's reply, or None where either is missing, unknown or not a number from 0 up.
 
     The score is moved into its action's interval (DESIGN section 2); the last `Action:` and `Score:` lines count.
     """
-    actions = re.findall(r"^\s*Action:\s*([A-Za-z]+)\s*$", text, flags=re.MULTILINE | re.IGNORECASE)
-    scores = re.findall(r"^\s*Score:\s*(\d*\.?\d+)\s*$", text, flags=re.MULTILINE | re.IGNORECASE)
-    if not actions or not scores or actions[-1].lower() not in ACTIONS:
+    action, written = (last_field(text, "Action") or "").lower(), last_field(text, "Score") or ""
+    if action not in ACTIONS or not re.fullmatch(r"\d+(\.\d*)?|\.\d+", written):
         return None
-    action, score = actions[-1].lower(), float(scores[-1])
+    score = float(written)
     low, high = ACTIONS[action]
     inside = min(max(score, low), high if high == 1.0 else high - BELOW)
     return Judgement(action=action, score=inside, clamped=inside != score)

@@ -30,7 +30,10 @@ def write_reference(episode: Episode, turn: Turn, agent: int) -> str:
 
 
 def branch(episode: Episode, turn: Turn, agent: int) -> list[int]:
-    """d_t as tokens: a system message between the student's context and the reply's role header (which it repeats)."""
-    text = write_reference(episode, turn, agent)
-    template = episode.template
-    return [*template.message("system", episode.codec.encode(text)), *template.headers["assistant"]]
+    """d_t as tokens: a system message between the student's context and the reply's role header (which it repeats).
+
+    Without a text there is no message either: the teacher then sees what the student saw, and the credit is 0.
+    """
+    text, template = write_reference(episode, turn, agent), episode.template
+    message = template.message("system", episode.codec.encode(text)) if text else []
+    return [*message, *template.headers["assistant"]]

@@ -16,6 +16,8 @@ from typing import Any, Literal
 from coars_fast.errors import ModelError
 
 Role = Literal["system", "user", "assistant"]
+ROLE_MARKS = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+THINK_MARKS = ("<think>", "</think>")
 
 
 class TextCodec:
@@ -30,22 +32,26 @@ class TextCodec:
         if backend is None:
             raise ModelError(f"tokenizer {type(tokenizer).__name__}: a fast tokenizer (tokenizer.json) is needed")
         self.tokenizer = tokenizer
-        self._backend = type(backend).from_str(backend.to_str())
-        self._backend.encode_special_tokens = True
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self.vocab: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
-        self.special_ids = frozenset(
-            i for i, token in self._backend.get_added_tokens_decoder().items() if token.special
-        )
+        self._decoder = backend
+        self._encoder = type(backend).from_str(backend.to_str())
+        self._encoder.encode_special_tokens = True
+        self._encoder.no_truncation()
+        self._encoder.no_padding()
+        self.vocab: dict[str, int] = backend.get_vocab(with_added_tokens=True)
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        # Some tokenizers do not call their own marks special (Qwen3's <think>, ChatML added by a fine-tuning), and then
+        # the switch above would not keep them out of text.
+        marks = {*ROLE_MARKS, *THINK_MARKS, tokenizer.eos_token}
+        self._encoder.add_special_tokens([token for token in added.values() if token.content in marks])
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text; no special token is added or read."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return self._encoder.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; special tokens are left out."""
-        return self._backend.decode(list(ids), skip_special_tokens=True)
+        return self._decoder.decode(list(ids), skip_special_tokens=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +84,12 @@ def make_template(codec: TextCodec) -> TokenTemplate:
     vocab, roles = codec.vocab, ("system", "user", "assistant")
     if "<|im_start|>" in vocab and "<|im_end|>" in vocab:
         start, end, newline = vocab["<|im_start|>"], vocab["<|im_end|>"], codec.encode("\n")
-        headers = {role: (start, *codec.encode(f"{role}\n")) for role in roles}
+        headers: dict[str, tuple[int, ...]] = {role: (start, *codec.encode(f"{role}\n")) for role in roles}
         if "<think>" in vocab and "</think>" in vocab:  # Qwen3's own way to say "answer without thinking first"
             blank = codec.encode("\n\n")
             headers["assistant"] += (vocab["<think>"], *blank, vocab["</think>"], *blank)
         name, bos, closing = "chatml", (), (end, *newline)
-    elif "<|start_header_id|>" in vocab and "<|eot_id|>" in vocab:
+    elif {"<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"} <= vocab.keys():
         start, stop = vocab["<|start_header_id|>"], vocab["<|end_header_id|>"]
         headers = {role: (start, *codec.encode(role), stop, *codec.encode("\n\n")) for role in roles}
         name, bos, closing = "llama3", (vocab["<|begin_of_text|>"],), (vocab["<|eot_id|>"],)
@@ -94,5 +100,5 @@ def make_template(codec: TextCodec) -> TokenTemplate:
         first = codec.tokenizer.bos_token_id
         headers = {role: tuple(codec.encode(f"\n### {role.capitalize()}\n")) for role in roles}
         name, bos, closing = "plain", () if first is None else (first,), (eos,)
-    control = codec.special_ids | {closing[0]}
+    control = codec.special_ids | {closing[0]} | {vocab[mark] for mark in ROLE_MARKS if mark in vocab}
     return TokenTemplate(name=name, bos=bos, headers=headers, end=closing, control=frozenset(control))  # type: ignore[arg-type]

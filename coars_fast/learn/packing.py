@@ -43,7 +43,7 @@ class PackedBatch:
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with its tensors on a device."""
         moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
-        return PackedBatch(**moved)
+        return PackedBatch(**moved)  # pyright: ignore[reportArgumentType]
 
 
 def _bounds(lengths: Sequence[int]) -> Tensor:

@@ -51,9 +51,9 @@ def transplant(decoder: Decoder, old: Any, new: Any) -> None:
     """Replace the embedding (and head) for the tokenizer `new`, in place.
 
     Args:
-        decoder: a model whose embedding belongs to `old`. old, new: fast tokenizers; special tokens of the same name
-        keep their vectors, every other token of `new` becomes
-            the mean of the vectors of the `old` tokens that spell its text.
+        decoder: a model whose embedding belongs to `old`.
+        old, new: fast tokenizers; special tokens of the same name keep their vectors, every other token of `new`
+            becomes the mean of the vectors of the `old` tokens that spell its text.
     """
     old_vocab = old.get_vocab()
     model = old.backend_tokenizer.model  # tokenizes text that is already in byte-level characters
@@ -61,14 +61,14 @@ def transplant(decoder: Decoder, old: Any, new: Any) -> None:
     for token, _ in sorted(new.get_vocab().items(), key=lambda pair: pair[1]):
         ids = [old_vocab[token]] if token in old_vocab else [t.id for t in model.tokenize(token)]
         rows.append(ids or [0])
-    for name in ("model.embed_tokens", "lm_head"):
-        module = decoder.get_submodule(name) if name != "lm_head" or decoder.lm_head is not None else None
-        if module is None:
-            continue
-        weight = torch.stack([module.weight[torch.tensor(ids)].float().mean(0) for ids in rows])  # pyright: ignore
-        module.weight = nn.Parameter(weight.to(module.weight.dtype))  # pyright: ignore
+    modules: list[nn.Embedding | nn.Linear] = [decoder.model.embed_tokens]
+    if decoder.lm_head is not None:
+        modules.append(decoder.lm_head)
+    for module in modules:
+        weight = torch.stack([module.weight[torch.tensor(ids)].float().mean(0) for ids in rows])
+        module.weight = nn.Parameter(weight.to(module.weight.dtype))
         if isinstance(module, nn.Embedding):
             module.num_embeddings = len(rows)
         else:
-            module.out_features = len(rows)  # pyright: ignore
+            module.out_features = len(rows)
     decoder.config = replace(decoder.config, vocab_size=len(rows))

@@ -86,8 +86,8 @@ def test_titles_are_never_empty_never_equal_and_one_line(texts: list[str]):
     titles = unique_titles(texts, [str(i) for i in range(len(texts))])
     assert len({title.casefold() for title in titles}) == len(texts)
     for title in titles:
-        assert title and title == " ".join(title.split()) and title.isprintable() or " " in title
-        assert len(title.splitlines()) == 1
+        assert title == " ".join(title.split()) and len(title.splitlines()) == 1
+        assert title.isprintable(), ascii(title)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
