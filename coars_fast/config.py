@@ -75,9 +75,9 @@ class SASRecConfig:
     """Latest items that the model sees."""
     dropout: float = 0.2
     """Dropout in training."""
-    batch_size: int = 128
+    batch_size: int = 32
     """Users a step."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     """Adam's learning rate."""
     seed: int = 0
     """Draws its weights, order and dropout; apart from the run's seed, so that runs share candidates."""

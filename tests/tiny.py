@@ -7,6 +7,7 @@ that speaks for itself, `teach` fine-tunes one on the world's lessons for a few 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -182,7 +183,7 @@ def shifted(found: Sequence[Trajectory], noise: float, seed: int = 0) -> list[Tr
 # -------------------------------------------------------------------------------------------------------------- models
 
 
-def teach(decoder: Decoder, num_steps: int = 100, seed: int = 0, learning_rate: float = 1e-2) -> None:
+def teach(decoder: Decoder, num_steps: int = 120, seed: int = 0, learning_rate: float = 1e-2) -> None:
     """Fine-tune on short replies in the right format, drawn at random, until most of its own are readable."""
     game = replace(GAME, max_turns=2)
 
@@ -210,6 +211,22 @@ def teach(decoder: Decoder, num_steps: int = 100, seed: int = 0, learning_rate: 
         loss.backward()
         torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         optimizer.step()
+
+
+@lru_cache(maxsize=1)
+def _taught() -> Decoder:
+    decoder = random_decoder(adapters=False, scale=0.05)
+    teach(decoder)
+    return decoder
+
+
+def taught_decoder(*, adapters: bool = True, seed: int = 0) -> Decoder:
+    """A copy of the model that was taught once in this process, with adapters that change it a little."""
+    decoder = copy.deepcopy(_taught())
+    if adapters:
+        add_adapters(decoder, rank=4, alpha=8.0, seed=seed)
+        randomise_adapters(decoder, seed, scale=0.02)
+    return decoder
 
 
 def write_model(folder: Path, decoder: Decoder) -> Path:

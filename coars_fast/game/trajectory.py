@@ -22,12 +22,12 @@ def balance(hits: Sequence[bool]) -> list[float]:
 def trajectories(episodes: Sequence[Episode], game: GameConfig) -> list[Trajectory]:
     """Both views of every episode, with a reward, a weight and a reference for each reply.
 
-    Excluded turns have weight 0: they stay in the sequence and are not learned from. The user agent's turns are
-    balanced between hits and misses where the game says so (our choice; DESIGN section 1 says why).
+    Excluded turns have weight 0: they stay in the sequence and are not learned from. The user agent's other turns
+    are balanced between hits and misses where the game says so (our choice; DESIGN section 1 says why).
     """
-    spoken = [turn for episode in episodes for turn in episode.turns if turn.user_spoke]
-    balanced = balance([turn.hit for turn in spoken]) if game.balance_user_turns else [1.0] * len(spoken)
-    user_weight = {id(turn): weight for turn, weight in zip(spoken, balanced, strict=True)}
+    judged = [turn for episode in episodes for turn in episode.turns if turn.reward and turn.reward.user is not None]
+    balanced = balance([turn.hit for turn in judged]) if game.balance_user_turns else [1.0] * len(judged)
+    user_weight = {id(turn): weight for turn, weight in zip(judged, balanced, strict=True)}
     found = []
     for number, episode in enumerate(episodes):
         for agent in (RECOMMENDER, USER):
@@ -37,7 +37,7 @@ def trajectories(episodes: Sequence[Episode], game: GameConfig) -> list[Trajecto
             for turn, span in zip(turns, view.spans, strict=True):
                 assert turn.reward is not None, "the episode is not over"
                 reward = getattr(turn.reward, AGENTS[agent])
-                weight = 1.0 if agent == RECOMMENDER else user_weight[id(turn)]
+                weight = 1.0 if agent == RECOMMENDER else user_weight.get(id(turn), 0.0)
                 trained.append(
                     TrainedTurn(
                         fork=span.fork,
