@@ -1,4 +1,4 @@
-"""What the tests of `coars_fast.game` share: small tokenizers of every template family, a task, hand-written replies."""
+"""What the tests of `coars_fast.game` share: small tokenizers of every template family, a task, written replies."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ TEXTS = [
 ]
 # How the families cut text before BPE (their published tokenizer.json).
 LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN_WORDS = LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
 SPECIAL = {

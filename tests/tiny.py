@@ -1,4 +1,5 @@
-"""Tiny things for tests of playing and learning: a tokenizer, random and taught models, tasks, scripted episodes, settings.
+"""Tiny things for tests of playing and learning: a tokenizer, random and taught models, tasks, scripted episodes,
+settings.
 
 A random model nearly always gives unreadable replies. Where a test needs conversations, `scripted_episodes` lets the
 personas of the synthetic world speak and records the log-probs that a decoder gives their words; where it needs a model
@@ -172,12 +173,14 @@ def scripted_trajectories(
 
 
 def shifted(found: Sequence[Trajectory], noise: float, seed: int = 0) -> list[Trajectory]:
-    """The same trajectories as if sampled by somewhat different weights: importance ratios other than 1."""
+    """The same trajectories as if sampled by other weights: importance ratios other than 1, by token and by turn."""
     rng = np.random.default_rng(seed)
-    return [
-        replace(t, behaviour_logp=tuple(float(p + e) for p, e in zip(t.behaviour_logp, rng.normal(0, noise, 10**4))))
-        for t in found
-    ]
+    moved = []
+    for t in found:
+        lengths = [turn.end - turn.start for turn in t.turns]
+        offsets = np.repeat(rng.normal(0, 2 * noise, len(lengths)), lengths) + rng.normal(0, noise, sum(lengths))
+        moved.append(replace(t, behaviour_logp=tuple((np.array(t.behaviour_logp) + offsets).tolist())))
+    return moved
 
 
 # -------------------------------------------------------------------------------------------------------------- models

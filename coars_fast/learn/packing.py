@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from coars_fast.data.records import Trajectory
+from coars_fast.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,8 @@ def pack(trajectories: Sequence[Trajectory]) -> PackedBatch:
     """Concatenate trajectories; turn rewards and weights are taken as they are.
 
     Raises:
-        ValueError: there is no trajectory, a turn has no tokens, or its bounds do not lie in its sequence.
+        ValueError: there is no trajectory, a turn has no tokens, its bounds do not lie in its sequence, or a sequence
+            has another number of log-probs than of sampled tokens.
     """
     if not trajectories:
         raise ValueError("trajectories: nothing to pack")
@@ -77,6 +79,11 @@ def pack(trajectories: Sequence[Trajectory]) -> PackedBatch:
             branch_positions.extend(range(turn.fork, turn.fork + length))
             parents.append(s)
             branch_base += length
+        num_sampled = sum(turn.end - turn.start for turn in trajectory.turns)
+        if len(trajectory.behaviour_logp) != num_sampled:
+            raise ValueError(
+                f"trajectories[{s}].behaviour_logp: {len(trajectory.behaviour_logp)} values for {num_sampled} tokens"
+            )
         base += len(trajectory.tokens)
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
     lengths = [len(trajectory.tokens) for trajectory in trajectories]
@@ -152,14 +159,14 @@ def split(trajectories: Sequence[Trajectory], max_tokens: int) -> list[list[Traj
     """Groups of trajectories of at most `max_tokens` computed tokens each, in order.
 
     Raises:
-        ValueError: one trajectory alone is over the budget.
+        ConfigError: one trajectory alone is over the budget.
     """
     groups: list[list[Trajectory]] = []
     room = 0
     for trajectory in trajectories:
         size = trajectory.num_tokens
         if size > max_tokens:
-            raise ValueError(
+            raise ConfigError(
                 f"train.max_tokens: {max_tokens} is too small for episode {trajectory.episode}, which needs {size}"
             )
         if size > room:

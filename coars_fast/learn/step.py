@@ -64,8 +64,10 @@ class Learner:
         """One training step on the episodes of one rollout; returns its metrics.
 
         Raises:
-            NonFiniteError: a reward, a log-prob, the loss or a gradient is not finite; no weight has changed.
+            NonFiniteError: a reward, a log-prob, the loss or a gradient is not finite. No weight has changed, unless
+                an earlier minibatch of this step changed them.
         """
+        _check_finite(trajectories)
         self.set_rates(step)
         # Both views of an episode stay in one minibatch; neighbours are spread so that minibatches look alike.
         parts = self.config.train.minibatches
@@ -74,7 +76,7 @@ class Learner:
             chosen = [t for t in trajectories if t.episode % parts == part]
             if chosen:
                 history.append(self._update_minibatch(chosen))
-        return {name: sum(m[name] for m in history) / len(history) for name in history[0]}
+        return {name: _combined(name, [m[name] for m in history]) for name in history[0]}
 
     def _update_minibatch(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         baseline = self.config.loss.baseline
@@ -85,29 +87,27 @@ class Learner:
         ready = [t for t in ready if t.turns]
         self.optimizer.zero_grad(set_to_none=True)
         totals: dict[str, float] = {}
-        tokens = 0
+        tokens = 0.0
         for group in split(ready, self.config.train.max_tokens):
             batch = pack(group).to(self.device)
-            self._check(batch)
-            loss, metrics, count = self._loss(batch)
+            loss, metrics = self._loss(batch)
             if not math.isfinite(loss.item()):
                 raise NonFiniteError(f"the loss is {loss.item()} in a batch with episodes {_some(batch.episodes)}")
             if loss.requires_grad:
                 loss.backward()
             values = {name: value.item() for name, value in metrics.items()}
+            count = values["num_tokens"]
             for name, value in values.items():
-                totals[name] = totals.get(name, 0.0) + value * (1.0 if name.startswith("loss") else count)
+                if name.endswith("_max"):
+                    totals[name] = max(totals.get(name, value), value)
+                elif not name.startswith("num_"):
+                    totals[name] = totals.get(name, 0.0) + value * (1.0 if name.startswith("loss") else count)
             totals["loss"] = totals.get("loss", 0.0) + loss.item()
             tokens += count
-        averaged = {k: v if k.startswith("loss") else v / max(1, tokens) for k, v in totals.items()}
+        whole = ("loss", "logp_difference_max")
+        averaged = {k: v if k.startswith(whole) else v / max(1.0, tokens) for k, v in totals.items()}
         averaged |= self._apply_gradients()
         return averaged
-
-    def _check(self, batch: PackedBatch) -> None:
-        for name in ("behaviour_logp", "turn_reward", "turn_weight"):
-            values: Tensor = getattr(batch, name)
-            if not bool(values.isfinite().all()):
-                raise NonFiniteError(f"{name} is not finite in a batch with episodes {_some(batch.episodes)}")
 
     def _hidden(self, source: Any, *, adapters: bool = True) -> Tensor:
         """Hidden states of packed sequences (a batch or teacher inputs), [N, H]."""
@@ -115,8 +115,8 @@ class Learner:
         agent_ids = source.agent_ids if adapters else None
         return self.decoder(source.token_ids, source.position_ids, attend, agent_ids)
 
-    def _loss(self, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor], int]:
-        """Loss of a packed batch, its metrics, and how many tokens were trained."""
+    def _loss(self, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a packed batch and its metrics, means over the tokens of turns that are not excluded."""
         loss, weight = self.config.loss, self.decoder.head_weight
         student = self._hidden(batch)[batch.rows]
         teacher = reference_logp = None
@@ -147,11 +147,11 @@ class Learner:
             reference_logp=reference_logp,
             kl_weight=loss.kl_weight,
         )
-        scalars = {name: tensor for name, tensor in metrics.items() if not name.startswith("num_")}
-        difference = (logp - batch.behaviour_logp).abs()
-        scalars["logp_difference"] = difference.mean()
-        scalars["logp_difference_max"] = difference.max()
-        return value, scalars, len(batch.target)
+        counted = (batch.turn_weight != 0).repeat_interleave(batch.turn_offsets.diff())
+        difference = (logp - batch.behaviour_logp).abs() * counted
+        metrics["logp_difference"] = difference.sum() / metrics["num_tokens"].clamp(min=1)
+        metrics["logp_difference_max"] = difference.max()
+        return value, metrics
 
     def _apply_gradients(self) -> dict[str, float]:
         """Clip each agent's gradient and step, unless something is not finite."""
@@ -166,6 +166,25 @@ class Learner:
             norms[f"grad_norm_{name}"] = norm
         self.optimizer.step()
         return norms
+
+
+def _check_finite(trajectories: Sequence[Trajectory]) -> None:
+    """Rewards, weights and log-probs, before any of them is averaged with others'."""
+    for t in trajectories:
+        values = {
+            "behaviour_logp": t.behaviour_logp,
+            "turn_reward": [turn.reward for turn in t.turns],
+            "turn_weight": [turn.weight for turn in t.turns],
+        }
+        for name, numbers in values.items():
+            if not all(map(math.isfinite, numbers)):
+                agent = AGENT_NAMES[t.agent]
+                raise NonFiniteError(f"{name} of episode {t.episode} ({agent}) is not finite; no weight was changed")
+
+
+def _combined(name: str, values: Sequence[float]) -> float:
+    """A metric of a step from its minibatches'."""
+    return max(values) if name.endswith("_max") else sum(values) / len(values)
 
 
 def _some(episodes: Sequence[int]) -> str:

@@ -99,12 +99,12 @@ def test_greedy_replies_are_the_most_likely_tokens() -> None:
 
 
 def test_sampled_log_probs_move_with_the_adapters() -> None:
-    decoder = tiny.taught_decoder()
-    before = [view.logp[0] for episode in played(decoder) for view in episode.views if view.logp]
-    tiny.randomise_adapters(decoder, seed=5, scale=0.02)  # what an update does: in place
+    decoder = tiny.random_decoder()
+    before = [episode.views[0].logp[0] for episode in played(decoder)]
+    tiny.randomise_adapters(decoder, seed=5)  # what an update does: in place
     episodes = played(decoder)
-    after = [view.logp[0] for episode in episodes for view in episode.views if view.logp]
-    assert max(abs(a - b) for a, b in zip(before, after, strict=False)) > 1e-3
+    after = [episode.views[0].logp[0] for episode in episodes]
+    assert max(abs(a - b) for a, b in zip(before, after, strict=True)) > 1e-2
     assert differences(decoder, episodes).abs().max() < BOUND
 
 
@@ -144,7 +144,7 @@ def test_extending_a_cache_in_pieces_equals_one_prefill(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     decoder = tiny.random_decoder(seed)
     lengths = [3, 90, 140, 65, 17]  # past the growth of the cache
-    sequences = [torch.randint(0, 700, (n,), generator=generator).tolist() for n in lengths]
+    sequences = [torch.randint(0, 400, (n,), generator=generator).tolist() for n in lengths]
     agents = [0, 1, 0, 1, 1]
     whole = [prefill(decoder, tokens, agent) for tokens, agent in zip(sequences, agents, strict=True)]
     cache = empty_cache(decoder, len(sequences))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from coars_fast.config import GameConfig
@@ -141,7 +143,8 @@ def test_hits_and_misses_of_the_user_count_equally_over_the_batch() -> None:
     # One hit and three misses: 4 / (2 * 1) and 4 / (2 * 3); together 2 and 2.
     assert weights == [[pytest.approx(2 / 3), 2.0], [pytest.approx(2 / 3), pytest.approx(2 / 3)]]
     # The recommender's are not balanced, only its accepted miss is left out.
-    assert [[t.weight for t in x.turns] for x in trajectories(batch, GAME) if x.agent == RECOMMENDER] == [[0, 1], [1, 1]]
+    weights = [[t.weight for t in x.turns] for x in trajectories(batch, GAME) if x.agent == RECOMMENDER]
+    assert weights == [[0.0, 1.0], [1.0, 1.0]]
 
 
 def test_turns_excluded_for_both_take_no_part_in_the_balance() -> None:
@@ -240,9 +243,7 @@ def test_an_episode_ends_at_a_click_even_on_a_wrong_item() -> None:
 
 
 def test_without_peers_nothing_is_said_of_them() -> None:
-    alone = Episode(
-        TASK.__class__(**{**TASK.__dict__, "num_peers": 0, "peer_counts": (0, 0, 0)}), TITLES, CODEC, TEMPLATE, GAME
-    )
+    alone = an_episode(GAME, task=replace(TASK, num_peers=0, peer_counts=(0, 0, 0)))
     (rec,) = play(alone, recommend(1, "Gamma"))
     assert alone.views[USER].tokens == [*USER_OPENING, *message("user", list(rec.ids[:-1])), *ASK]
 

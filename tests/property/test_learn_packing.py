@@ -1,0 +1,123 @@
+"""Any trajectories: what is packed is what they hold, and the teacher's inputs are what a plain construction gives."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coars_fast.data.records import TrainedTurn, Trajectory
+from coars_fast.learn.packing import pack, split, teacher_inputs
+
+TOKEN = st.integers(0, 99)
+
+
+@st.composite
+def trajectory(draw: st.DrawFn) -> Trajectory:
+    """A context, then turns: header, reply, something after it."""
+    tokens = draw(st.lists(TOKEN, min_size=1, max_size=6))
+    turns, logp = [], []
+    for _ in range(draw(st.integers(1, 4))):
+        fork = len(tokens)
+        header = draw(st.lists(TOKEN, max_size=2))
+        reply = draw(st.lists(TOKEN, min_size=1, max_size=5))
+        tokens += header
+        start = len(tokens)
+        tokens += reply
+        reference = draw(st.lists(TOKEN, min_size=1 if not header else 0, max_size=6)) + header
+        turns.append(
+            TrainedTurn(
+                fork=fork,
+                start=start,
+                end=len(tokens),
+                reward=draw(st.floats(-1, 1, width=32)),
+                weight=draw(st.floats(0, 2, width=32)),
+                reference=tuple(reference),
+            )
+        )
+        logp += draw(st.lists(st.floats(-9, 0, width=32), min_size=len(reply), max_size=len(reply)))
+        tokens += draw(st.lists(TOKEN, max_size=3))
+    return Trajectory(
+        episode=draw(st.integers(0, 5)),
+        agent=draw(st.integers(0, 1)),
+        tokens=tuple(tokens),
+        behaviour_logp=tuple(logp),
+        turns=tuple(turns),
+    )
+
+
+TRAJECTORIES = st.lists(trajectory(), min_size=1, max_size=5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(TRAJECTORIES)
+def test_rows_predict_the_replies(found: list[Trajectory]) -> None:
+    batch = pack(found)
+    turns = [(t, turn) for t in found for turn in t.turns]
+    assert batch.target.tolist() == [y for t, turn in turns for y in t.tokens[turn.start : turn.end]]
+    assert torch.equal(batch.token_ids[batch.rows + 1], batch.target)
+    sequence = torch.bucketize(batch.rows, batch.cu_seqlens[1:], right=True)
+    assert torch.equal(torch.bucketize(batch.rows + 1, batch.cu_seqlens[1:], right=True), sequence)
+    turn_of_row = torch.arange(len(turns)).repeat_interleave(batch.turn_offsets.diff().long())
+    assert torch.equal(sequence, batch.branch_parent[turn_of_row])
+    assert torch.equal(batch.agent_ids[batch.rows], batch.turn_agent[turn_of_row])
+    assert batch.turn_reward.tolist() == [turn.reward for _, turn in turns]
+    assert batch.turn_weight.tolist() == [turn.weight for _, turn in turns]
+    assert batch.behaviour_logp.tolist() == [p for t in found for p in t.behaviour_logp]
+    assert len(batch.token_ids) == sum(len(t.tokens) for t in found)
+
+
+@settings(max_examples=60, deadline=None)
+@given(TRAJECTORIES)
+def test_the_teachers_inputs_are_context_then_branch(found: list[Trajectory]) -> None:
+    batch, expected, agents, rows = pack(found), [], [], []
+    for t in found:
+        for turn in t.turns:
+            reply = t.tokens[turn.start : turn.end]
+            sequence = [*t.tokens[: turn.fork], *turn.reference, *reply]
+            rows += [sum(map(len, expected)) + len(sequence) - len(reply) - 1 + n for n in range(len(reply))]
+            expected.append(sequence[:-1])
+            agents += [t.agent] * (len(sequence) - 1)
+    inputs = teacher_inputs(batch)
+    assert inputs.token_ids.tolist() == list(itertools.chain(*expected))
+    assert inputs.position_ids.tolist() == [p for sequence in expected for p in range(len(sequence))]
+    assert inputs.cu_seqlens.tolist() == [0, *itertools.accumulate(map(len, expected))]
+    assert inputs.agent_ids.tolist() == agents
+    assert inputs.rows.tolist() == rows
+
+
+@settings(max_examples=60, deadline=None)
+@given(TRAJECTORIES)
+def test_branches_continue_the_positions_of_their_parents(found: list[Trajectory]) -> None:
+    batch = pack(found)
+    for m, (a, b) in enumerate(itertools.pairwise(batch.cu_branch.tolist())):
+        start = int(batch.branch_start[m])
+        assert batch.branch_positions[a:b].tolist() == list(range(start, start + b - a))
+        mine = batch.teacher_rows[batch.turn_offsets[m] : batch.turn_offsets[m + 1]]
+        assert mine.min() >= a and mine.max() == b - 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(TRAJECTORIES, st.integers(0, 60))
+def test_splitting_respects_the_budget_and_loses_nothing(found: list[Trajectory], slack: int) -> None:
+    largest = max(t.num_tokens for t in found)
+    budget = largest + slack
+    groups = split(found, budget)
+    assert [t for group in groups for t in group] == found
+    assert all(sum(t.num_tokens for t in group) <= budget for group in groups)
+    for group, following in itertools.pairwise(groups):  # a group ends only where the next trajectory has no room
+        assert sum(t.num_tokens for t in group) + following[0].num_tokens > budget
+    with pytest.raises(ValueError, match="train.max_tokens"):
+        split(found, largest - 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(TRAJECTORIES)
+def test_the_budget_covers_all_tokens_that_are_computed(found: list[Trajectory]) -> None:
+    batch = pack(found)
+    computed = len(batch.token_ids) + len(teacher_inputs(batch).token_ids)
+    turns = sum(len(t.turns) for t in found)
+    assert sum(t.num_tokens for t in found) - turns == computed  # the last token of a branch is counted, not computed

@@ -1,0 +1,233 @@
+"""What counts as a valid reply, and which item, action and score it names."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from coars_fast.game.prompts import (
+    ACTIONS,
+    format_judgement,
+    format_recommendation,
+    normal,
+    one_line,
+    parse_judgement,
+    parse_recommendation,
+)
+
+TITLES = ["Toy Story (1995)", "2001: A Space Odyssey", "300", "Twins", "Twins!", "Amélie", "???", "Se7en", "Heat", "Up"]
+
+
+@pytest.mark.parametrize(
+    ("named", "index"),
+    [
+        ("1. Toy Story (1995)", 0),
+        ("1. toy story", 0),
+        ("9. Heat", 8),
+        ("10. Up", 9),
+        ("9", 8),
+        ("9.", 8),
+        ("9) Heat", 8),
+        ("9: Heat", 8),
+        ("9.Heat", 8),
+        ("009. Heat", 8),
+        ("9. Up", 8),  # the number wins over the title
+        ("٩. Heat", 8),  # digits of other scripts are numbers too
+        ("7. ???", 6),
+    ],
+)
+def test_an_item_is_named_by_its_number(named: str, index: int) -> None:
+    assert parse_recommendation(f"Reason: so.\nItem: {named}", TITLES) == index
+
+
+@pytest.mark.parametrize(
+    ("named", "index"),
+    [
+        ("Heat", 8),
+        ("  hEAT.  ", 8),
+        ("toy story 1995", 0),
+        ("TOY-STORY, (1995)", 0),
+        ("AMÉLIE", 5),
+        ("300", 2),  # no candidate has that number, but one has that title
+        ("2001: A Space Odyssey", 1),  # the title's own number is no candidate's
+        ("2001. 2001: A Space Odyssey", 1),
+        ("11. Heat", 8),  # number out of range, title right
+        ("0. Heat", 8),
+        ("999999999999999999999999. Heat", 8),
+        ("1" * 5000 + ". Heat", 8),
+    ],
+)
+def test_an_item_is_named_by_its_title_where_the_number_says_nothing(named: str, index: int) -> None:
+    assert parse_recommendation(f"Reason: so.\nItem: {named}", TITLES) == index
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "Reason: Heat is great.",
+        "Heat",
+        "Item:",
+        "Item: ",
+        "Item: 0",
+        "Item: 11",
+        "Item: -1",
+        "Item: 1e0",
+        "Item: " + "9" * 5000,
+        "Item: ²",
+        "Item: nothing like it",
+        "Item: Heat 2",
+        "Item: Twins",  # two candidates normalise to it
+        "Item: 99. twins",
+        "Item: ???",  # nothing is left of it for comparison
+        "Item: 12. ",
+        "Reason: the Item: 3. is in the middle of a line",
+        "Item 3. Heat",
+        "Items: 3",
+    ],
+)
+def test_a_reply_that_names_no_candidate_for_sure_is_invalid(text: str) -> None:
+    assert parse_recommendation(text, TITLES) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "index"),
+    [
+        ("Item: 9. Heat\nItem: 10. Up", 9),
+        ("Item: 9. Heat\nItem: none of them", None),
+        ("Item: 9. Heat\nItem:", None),
+        ("Item:\nItem: 9. Heat", 8),
+        ("Item:\n9. Heat", None),
+        ("Item: 9. Heat\nReason: afterwards", 8),
+        ("  ITEM: 9. Heat  \n", 8),
+        ("\titem:9. Heat\r\n", 8),
+        ("Item: 9. Heat\rItem: 10. Up", 8),  # a carriage return starts no line
+        ("Item: 9. Heat\u2028Item: 10. Up", 8),
+    ],
+)
+def test_the_last_item_line_counts(text: str, index: int | None) -> None:
+    assert parse_recommendation(text, TITLES) == index
+
+
+def test_what_is_formatted_is_parsed_for_every_candidate() -> None:
+    for index, title in enumerate(TITLES):
+        assert parse_recommendation(format_recommendation("Item: 1.", index + 1, title), TITLES) == index
+
+
+@pytest.mark.parametrize(
+    ("action", "written", "score", "clamped"),
+    [
+        ("dislike", "0.00", 0.0, False),
+        ("dislike", "0.24", 0.24, False),
+        ("skip", "0.25", 0.25, False),
+        ("star", "0.50", 0.5, False),
+        ("star", ".6", 0.6, False),
+        ("click", "0.75", 0.75, False),
+        ("click", "1", 1.0, False),
+        ("click", "1.", 1.0, False),
+        ("click", "1.00", 1.0, False),
+        ("click", "000.9", 0.9, False),
+        ("click", "٠.٩", 0.9, False),
+        ("dislike", "0.25", 0.2499, True),
+        ("dislike", "0.9", 0.2499, True),
+        ("skip", "0.1", 0.25, True),
+        ("skip", "0.5", 0.4999, True),
+        ("star", "0.75", 0.7499, True),
+        ("star", "0", 0.5, True),
+        ("click", "0.5", 0.75, True),
+        ("click", "2", 1.0, True),
+        ("dislike", "2", 0.2499, True),
+        ("click", "9" * 400, 1.0, True),  # more than a float can hold
+    ],
+)
+def test_a_score_is_moved_into_the_interval_of_its_action(
+    action: str, written: str, score: float, clamped: bool
+) -> None:
+    found = parse_judgement(f"Reason: so.\nAction: {action}\nScore: {written}")
+    assert found is not None
+    assert (found.action, found.score, found.clamped) == (action, pytest.approx(score), clamped)
+    assert found.positive == (action in ("star", "click"))
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["", "-0.5", "-0", "+0.5", "nan", "NaN", "inf", "1e9", "5e-1", "0,5", "0.5.5", ".", "half", "0.5/1", "0.5 or so",
+     "50%", "0x1", "1_0", "½", "٠,٩"],
+)  # fmt: skip
+def test_a_score_that_is_no_plain_number_from_zero_up_is_invalid(written: str) -> None:
+    assert parse_judgement(f"Action: star\nScore: {written}") is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "Action: click",
+        "Score: 0.90",
+        "Action: love\nScore: 0.90",
+        "Action: click!\nScore: 0.90",
+        "Action: click star\nScore: 0.90",
+        "Action:\nclick\nScore: 0.90",
+        "Action: click\nScore:\n0.90",
+        "Action: click Score: 0.90",
+        "I would: Action: click\nScore: 0.90",
+        "Action: click\nAction: love\nScore: 0.90",
+        "Action: click\nScore: 0.90\nScore: none",
+    ],
+)
+def test_a_judgement_without_a_known_action_and_a_score_is_invalid(text: str) -> None:
+    assert parse_judgement(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "action", "score"),
+    [
+        ("Score: 0.90\nAction: click", "click", 0.9),
+        ("  action:CLICK  \r\n\tSCORE :0.1\nscore: 0.90 ", "click", 0.9),
+        ("Action: skip\nScore: 0.30\nAction: click\nScore: 0.80", "click", 0.8),
+        ("Action: love\nAction: click\nScore: none\nScore: 0.80", "click", 0.8),
+        ("Action: Star\nScore: 0.60\nReason: afterwards", "star", 0.6),
+    ],
+)
+def test_order_case_and_spaces_do_not_matter_and_the_last_lines_count(text: str, action: str, score: float) -> None:
+    found = parse_judgement(text)
+    assert found is not None and (found.action, found.score, found.clamped) == (action, pytest.approx(score), False)
+
+
+@pytest.mark.parametrize("action", list(ACTIONS))
+def test_every_two_digit_score_of_an_action_survives_formatting_unclamped(action: str) -> None:
+    low, high = ACTIONS[action]
+    for hundredths in range(round(low * 100), round(high * 100) + (high == 1.0)):
+        found = parse_judgement(format_judgement("so.", action, hundredths / 100))
+        assert found is not None and not found.clamped and found.score == pytest.approx(hundredths / 100)
+
+
+@pytest.mark.parametrize("filler", [" ", "\n", "1", "Item:", "Score: ", "\t \n"])
+def test_long_garbage_is_read_in_time_that_grows_with_its_length(filler: str) -> None:
+    garbage = filler * 50_000 + "x"
+    started = time.perf_counter()
+    for text in (garbage, f"Item: {garbage}", f"Action: click\nScore: {garbage}"):
+        assert parse_recommendation(text, TITLES) is None
+        assert parse_judgement(text) is None
+    assert time.perf_counter() - started < 2  # milliseconds; quadratic matching takes minutes
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a\nb\r\nc\td", "a b c d"),
+        ("  a  b ", "a b"),
+        ("a\u2028b\u0085c\x00d\x1be", "a b c d e"),
+        ("a\u202eb\ud800c", "a b c"),
+        ("\n \x07", ""),
+        ("naïve 東京 🎬", "naïve 東京 🎬"),
+    ],
+)
+def test_one_line_folds_white_space_and_control_characters(text: str, expected: str) -> None:
+    assert one_line(text) == expected
+
+
+def test_normal_keeps_letters_and_digits_of_every_script() -> None:
+    assert normal("Léon: The Professional (1994) 東京!") == "léon the professional 1994 東京"
+    assert normal(" -?! ") == ""
