@@ -1,4 +1,4 @@
-"""Preset `movielens_cpu`: a catalogue's tokenizer, the warm start, then CoARS, on a folder written here and a real one."""
+"""Preset `movielens_cpu`: a catalogue's tokenizer, the warm start, then CoARS, on a small folder and a real one."""
 
 from __future__ import annotations
 

@@ -85,6 +85,19 @@ def test_the_schedule_rises_and_falls() -> None:
     assert found == pytest.approx(expected)
 
 
+def test_an_update_uses_the_rate_of_its_step(episodes: list[Trajectory]) -> None:
+    decoder = tiny.random_decoder()
+    before = states(decoder)
+    Learner(decoder, settings(warmup_steps=3, num_steps=10, final_learning_rate=0.2)).update(episodes, 1)
+    assert moves(decoder, before)[0] == pytest.approx(0.5 * 0.92 * 1e-3, rel=0.05)
+
+
+def test_gradients_of_earlier_updates_are_forgotten(episodes: list[Trajectory]) -> None:
+    learner = Learner(tiny.random_decoder(), settings(learning_rate=1e-12))  # the weights stay where they are
+    norms = [learner.update(episodes, step)["grad_norm_rec"] for step in range(3)]
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-4)
+
+
 def test_the_rate_of_a_step_does_not_depend_on_the_steps_before() -> None:
     learner = Learner(tiny.random_decoder(), settings(warmup_steps=2, num_steps=8))
     rates = []

@@ -73,6 +73,18 @@ def test_a_reply_ends_at_its_first_control_token_or_at_the_limit() -> None:
     assert len({len(reply.ids) for reply in replies}) > 3
 
 
+def test_a_reply_does_not_depend_on_whose_replies_are_drawn_beside_it() -> None:
+    decoder = tiny.random_decoder()
+    control = frozenset(range(0, 60))
+    views = [list(range(10 + n, 30 + 2 * n)) for n in range(12)]
+    agents = [n % 2 for n in range(12)]
+    together = reply_sampler(decoder, control, 9).reply(list(range(12)), views, agents, list(range(12)), 1.0)
+    assert len({len(reply.ids) for reply in together}) > 3  # the batch shrinks while it is drawn
+    for n, reply in enumerate(together):
+        alone = reply_sampler(decoder, control, 9).reply([7], [views[n]], [agents[n]], [n], 1.0)[0]
+        assert alone.ids == reply.ids and alone.logp == pytest.approx(reply.logp, abs=1e-4)
+
+
 def test_a_reply_of_one_token_is_possible() -> None:
     decoder = tiny.random_decoder()
     replies = reply_sampler(decoder, frozenset([1]), 1).reply([3, 1], [[5, 6], [7]], [0, 1], [0, 1], 1.0)
