@@ -15,7 +15,7 @@ from coars_fast.data.records import Dataset, Task
 from coars_fast.data.sasrec import SASRec, train_sasrec
 from coars_fast.data.splits import make_split
 from coars_fast.data.tasks import TaskSource
-from coars_fast.errors import ConfigError
+from coars_fast.errors import ConfigError, ModelError
 from coars_fast.game.episode import Episode
 from coars_fast.game.template import TextCodec, TokenTemplate, make_template
 from coars_fast.model.attention import choose_backend
@@ -67,14 +67,17 @@ def build(config: Config, folder: Path, screen: Screen, *, adapters_follow: bool
     finished = folder / "base" / "config.json"  # written last
     source = str(finished.parent) if changed and finished.is_file() else config.model.path or str(TINY_BASE)
     fresh = changed and not finished.is_file()
+    dtype = _dtype(config, device)
     # What is trained in full is trained in float32.
-    decoder = load_decoder(source, dtype=torch.float32 if fresh else _dtype(config, device), device=device)
+    decoder = load_decoder(source, dtype=torch.float32 if fresh else dtype, device=device)
+    backend, _ = choose_backend(device, dtype, config.model.attention)
     tokenizer = load_tokenizer(source)
     if fresh and config.model.tokenizer == "catalogue":
         new = train_tokenizer(_catalogue_texts(dataset, config), config.model.tokenizer_size)
         transplant(decoder, tokenizer, new)
         tokenizer = new
     codec = TextCodec(tokenizer)
+    _check_vocabulary(codec, decoder, source)
     template = make_template(codec)
     decoder.gradient_checkpointing = config.model.gradient_checkpointing
 
@@ -86,12 +89,11 @@ def build(config: Config, folder: Path, screen: Screen, *, adapters_follow: bool
         source = str(finished.parent)
         tokenizer.save_pretrained(source)
         save_decoder(decoder, source)
-        decoder.to(_dtype(config, device))
+        decoder.to(dtype)
     add_adapters(decoder, rank=config.model.lora_rank, alpha=config.model.lora_alpha, seed=config.seed)
     if config.warm_start and config.sft.trainable == "adapters" and not adapters_follow:
         warm_start(decoder, tasks, new_episode, config, screen)
     size = sum(p.numel() for name, p in decoder.named_parameters() if "lora_" not in name)
-    backend, _ = choose_backend(device, decoder.head_weight.dtype, config.model.attention)
     screen.say(
         f"{decoder.config.family} model of {size:,} parameters from {source}, {device}, "
         f"{str(decoder.head_weight.dtype).removeprefix('torch.')}, {template.name} template, {backend} attention"
@@ -117,6 +119,16 @@ def _dtype(config: Config, device: torch.device) -> torch.dtype:
     if config.model.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, config.model.dtype)
+
+
+def _check_vocabulary(codec: TextCodec, decoder: Decoder, source: str) -> None:
+    """Raise :class:`ModelError` if the tokenizer has a token for which the model has no embedding."""
+    token, number = max(codec.vocab.items(), key=lambda entry: entry[1])
+    if number >= decoder.config.vocab_size:
+        raise ModelError(
+            f"{source}: the tokenizer's token {token!r} is number {number}, but the model's vocab_size is "
+            f"{decoder.config.vocab_size}; give a model whose embeddings were resized to its tokenizer"
+        )
 
 
 def _sasrec(config: Config, dataset: Dataset, folder: Path, screen: Screen) -> SASRec:

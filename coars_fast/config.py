@@ -6,9 +6,11 @@ This file imports no torch, so `--help` and a wrong setting answer at once. Pres
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal
 
 from coars_fast.errors import ConfigError
 
@@ -19,7 +21,7 @@ Excluded = Literal["recommender", "both", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class WorldConfig:
-    """The synthetic world that the embedded default plays in (used when `data.path` is not given)."""
+    """The synthetic world that the embedded default plays in (see `data.format`)."""
 
     num_items: int = 600
     """Titles in the catalogue."""
@@ -38,6 +40,9 @@ class DataConfig:
     path: str | None = None
     """Folder of a MovieLens data set (`movies.csv` + `ratings.csv`, or `movies.dat` + `ratings.dat`). Default: the
     synthetic world."""
+    format: Literal["auto", "world", "movielens"] = "auto"
+    """`world`: the synthetic world; `movielens`: the folder `data.path`; `auto`: MovieLens where `data.path` is given,
+    otherwise the world."""
     candidates: str = "random9+gt"
     """What the recommender chooses from. `topK`: SASRec's K best (truth possibly absent; the paper uses top20);
     `topK+gt`: the same, truth in place of the K-th where absent; `randomK+gt`: the truth and K items that the user has
@@ -287,63 +292,107 @@ def parse_candidates(text: str) -> CandidateMode:
     return CandidateMode(source=match[1], size=size, force_truth=bool(match[3]))  # type: ignore[arg-type]
 
 
+_RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (
+        "must be above 0",
+        lambda value: value > 0,
+        "data.history_length data.min_interactions data.train_targets data.num_eval_users world.num_items "
+        "world.num_users world.interactions_per_user sasrec.hidden_size sasrec.num_layers sasrec.num_heads "
+        "sasrec.max_length sasrec.batch_size sasrec.learning_rate model.lora_rank model.lora_alpha game.max_turns "
+        "rollout.max_reply_tokens rollout.batch_size loss.credit_clip train.episodes_per_step train.group_size "
+        "train.minibatches train.learning_rate train.max_grad_norm train.max_tokens sft.batch_size sft.learning_rate "
+        "checkpoint.every checkpoint.keep eval.num_bootstrap",
+    ),
+    (
+        "must not be negative",
+        lambda value: value >= 0,
+        "seed world.seed sasrec.seed data.eval_seed data.num_peers sasrec.num_epochs sasrec.dropout "
+        "game.alpha loss.credit_weight loss.kl_weight loss.clip_low loss.clip_high train.num_steps "
+        "train.user_learning_rate_factor train.warmup_steps train.weight_decay sft.num_steps eval.every "
+        "eval.num_samples eval.num_disc_users",
+    ),
+    ("must lie between 0 and 1", lambda value: 0 <= value <= 1, "train.final_learning_rate"),
+    ("must be below 1", lambda value: value < 1, "loss.clip_low sasrec.dropout"),
+    ("must be above 1", lambda value: value > 1, "loss.dual_clip"),
+)
+"""What is wrong, a test of the value, and the settings that it holds for."""
+
+
 def check(config: Config) -> None:
     """Raise :class:`ConfigError` for a setting out of range or two that contradict each other, before any work."""
     parse_candidates(config.data.candidates)
-    positive = {
-        "data.history_length": config.data.history_length,
-        "data.train_targets": config.data.train_targets,
-        "data.num_eval_users": config.data.num_eval_users,
-        "game.max_turns": config.game.max_turns,
-        "rollout.max_reply_tokens": config.rollout.max_reply_tokens,
-        "rollout.batch_size": config.rollout.batch_size,
-        "train.episodes_per_step": config.train.episodes_per_step,
-        "train.group_size": config.train.group_size,
-        "train.minibatches": config.train.minibatches,
-        "train.learning_rate": config.train.learning_rate,
-        "train.max_grad_norm": config.train.max_grad_norm,
-        "train.max_tokens": config.train.max_tokens,
-        "model.lora_rank": config.model.lora_rank,
-        "model.lora_alpha": config.model.lora_alpha,
-        "checkpoint.every": config.checkpoint.every,
-        "checkpoint.keep": config.checkpoint.keep,
-        "eval.num_bootstrap": config.eval.num_bootstrap,
-        "loss.credit_clip": config.loss.credit_clip,
-    }
-    for name, value in positive.items():
-        if not value > 0:
-            raise ConfigError(f"{name}: {value} must be above 0")
-    not_negative = {
-        "train.num_steps": config.train.num_steps,
-        "train.user_learning_rate_factor": config.train.user_learning_rate_factor,
-        "train.weight_decay": config.train.weight_decay,
-        "loss.kl_weight": config.loss.kl_weight,
-        "loss.clip_low": config.loss.clip_low,
-        "loss.clip_high": config.loss.clip_high,
-        "eval.every": config.eval.every,
-        "data.num_peers": config.data.num_peers,
-    }
-    for name, value in not_negative.items():
-        if not value >= 0:
-            raise ConfigError(f"{name}: {value} must not be negative")
-    if config.loss.clip_low >= 1:
-        raise ConfigError(f"loss.clip_low: {config.loss.clip_low} must be below 1")
-    if config.loss.dual_clip is not None and config.loss.dual_clip <= 1:
-        raise ConfigError(f"loss.dual_clip: {config.loss.dual_clip} must be above 1")
-    if config.train.episodes_per_step % config.train.group_size:
-        raise ConfigError(
-            f"train.group_size: {config.train.group_size} does not divide train.episodes_per_step "
-            f"({config.train.episodes_per_step})"
-        )
-    if config.train.minibatches > config.train.episodes_per_step:
-        raise ConfigError("train.minibatches: more minibatches than episodes_per_step")
-    if config.objective == "faithful" and config.train.minibatches > 1:
-        raise ConfigError("--objective faithful has no importance ratio: train.minibatches must be 1")
-    if config.rollout.temperature != 1.0:
-        raise ConfigError("rollout.temperature: training needs 1.0, other temperatures break the importance ratio")
-    if not (config.train.train_recommender or config.train.train_user):
-        raise ConfigError("train.train_recommender and train.train_user are both off: nothing would be trained")
-    if config.model.tokenizer == "catalogue" and not config.warm_start:
-        raise ConfigError("model.tokenizer: 'catalogue' makes new embeddings, which need --warm-start to learn")
-    if config.model.tokenizer == "catalogue" and config.sft.trainable != "all":
-        raise ConfigError("model.tokenizer: 'catalogue' makes new embeddings, which need --sft.trainable all")
+    numbers = _numbers(config)
+    for name, value in numbers.items():
+        if not math.isfinite(value):
+            raise ConfigError(f"{name}: {value} is not a finite number")
+    for problem, fits, names in _RANGES:
+        for name in names.split():
+            if name in numbers and not fits(numbers[name]):
+                raise ConfigError(f"{name}: {numbers[name]} {problem}")
+    for problem in _contradictions(config):
+        raise ConfigError(problem)
+
+
+def _numbers(settings: Any, prefix: str = "") -> dict[str, float]:
+    """Every number among the settings by its dotted name; settings that are off (None) are left out."""
+    found: dict[str, float] = {}
+    for setting in fields(settings):
+        value, name = getattr(settings, setting.name), prefix + setting.name
+        if is_dataclass(value):
+            found |= _numbers(value, f"{name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found[name] = value
+    return found
+
+
+def _contradictions(config: Config) -> list[str]:
+    """Settings that cannot go together, in words."""
+    data, model, train, objective = config.data, config.model, config.train, config.objective
+    catalogue = model.tokenizer == "catalogue"
+    rules = (
+        (
+            data.format == "movielens" and data.path is None,
+            "data.format: movielens needs --data.path FOLDER, a MovieLens folder (movies.csv and ratings.csv, or .dat)",
+        ),
+        (
+            data.format == "world" and data.path is not None,
+            f"data.format: the synthetic world reads no data.path ({data.path}); leave one of the two away",
+        ),
+        (
+            train.episodes_per_step % train.group_size != 0,
+            f"train.group_size: {train.group_size} does not divide train.episodes_per_step ({train.episodes_per_step})",
+        ),
+        (
+            train.minibatches > train.episodes_per_step,
+            "train.minibatches: more minibatches than episodes_per_step",
+        ),
+        (
+            objective == "faithful" and train.minibatches > 1,
+            "--objective faithful has no importance ratio: train.minibatches must be 1",
+        ),
+        (
+            config.loss.dual_clip is not None and objective not in ("clipped", "gspo"),
+            f"loss.dual_clip: --objective {objective} does not use it; leave it away, or choose clipped or gspo",
+        ),
+        (
+            config.rollout.temperature != 1.0,
+            "rollout.temperature: training needs 1.0, other temperatures break the importance ratio",
+        ),
+        (
+            not (train.train_recommender or train.train_user),
+            "train.train_recommender and train.train_user are both off: nothing would be trained",
+        ),
+        (
+            catalogue and not config.warm_start,
+            "model.tokenizer: 'catalogue' makes new embeddings, which need --warm-start to learn",
+        ),
+        (
+            catalogue and config.sft.trainable != "all",
+            "model.tokenizer: 'catalogue' makes new embeddings, which need --sft.trainable all",
+        ),
+        (
+            catalogue and model.tokenizer_size < 300,
+            f"model.tokenizer_size: {model.tokenizer_size} must be at least 300, room for all bytes and some words",
+        ),
+    )
+    return [problem for broken, problem in rules if broken]

@@ -9,7 +9,7 @@ trained.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,9 +61,9 @@ class Evaluation:
         return {part: {name: column.tolist() for name, column in t.items()} for part, t in self.tables.items()}
 
     @classmethod
-    def read(cls, path: Path, which: str) -> Evaluation | None:
-        """The evaluation `before` or `after` of an evaluation.json; None where there is none yet."""
-        stored = read_json(path).get("users", {}).get(which) if path.is_file() else None
+    def read(cls, record: Mapping[str, Any], which: str) -> Evaluation | None:
+        """The evaluation `before` or `after` of what evaluation.json holds; None where there is none yet."""
+        stored = record.get("users", {}).get(which)
         if stored is None:
             return None
         tables = {part: {name: np.array(c) for name, c in t.items()} for part, t in stored.items()}

@@ -10,6 +10,7 @@ same weights. What it leaves out: anything that a general model would know.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from coars_fast.cli import main_guard, parse
 from coars_fast.config import GameConfig
 from coars_fast.data.records import Lesson
 from coars_fast.data.world import GENRES, STYLES
-from coars_fast.game.lessons import LessonMaker, curriculum
+from coars_fast.game.lessons import Curriculum, LessonMaker
 from coars_fast.game.personas import SCORES
 from coars_fast.game.prompts import BRIEF
 from coars_fast.game.template import TextCodec, make_template
@@ -37,9 +38,9 @@ class PretrainConfig:
 
     out: str
     """Folder to write (Hugging Face layout)."""
-    num_steps: int = 4500
+    num_steps: int = 5000
     """Optimizer steps."""
-    tokens_per_step: int = 6000
+    tokens_per_step: int = 3500
     """About this many tokens a step."""
     learning_rate: float = 2e-3
     """Peak learning rate of AdamW."""
@@ -71,30 +72,40 @@ def lexicon_texts() -> list[str]:
     return texts
 
 
-def draw_lessons(maker: LessonMaker, progress: float, tokens: int, rng: np.random.Generator) -> list[Lesson]:
+def draw_lessons(curriculum: Curriculum, progress: float, tokens: int, rng: np.random.Generator) -> list[Lesson]:
     """Lessons of about `tokens` tokens in all."""
-    kinds = curriculum(maker, progress)
-    weights = np.array([w for w, _ in kinds])
+    kinds = curriculum.kinds(progress)
+    weights = np.array([weight for weight, _ in kinds])
     lessons: list[Lesson] = []
     while sum(len(lesson.tokens) for lesson in lessons) < tokens:
-        for i in rng.choice(len(kinds), size=8, p=weights / weights.sum()):
+        for i in rng.choice(len(kinds), size=4, p=weights / weights.sum()):
             lessons += kinds[i][1](rng)
     return lessons
 
 
 @torch.no_grad()
-def skill_report(decoder: Decoder, maker: LessonMaker) -> str:
+def share_found(decoder: Decoder, maker: LessonMaker, num_items: int, seed: int) -> float:
+    """Share of items in lists of this length whose number gets more than half of the probability."""
+    rng = np.random.default_rng(seed)
+    lessons = [maker.retrieval(rng, num_items, title_rate=0.0, popular_rate=0.0, partial_rate=0.0) for _ in range(24)]
+    logp = lesson_logp(decoder, [Lesson(tokens=x.tokens, is_answer=[*x.is_answer[:-1], False]) for x in lessons])
+    return float((logp > math.log(0.5)).float().mean())
+
+
+@torch.no_grad()
+def skill_report(decoder: Decoder, curriculum: Curriculum) -> str:
     """Probability (geometric mean) of the right tokens per kind of lesson, on fresh lessons."""
-    rng = np.random.default_rng(99)
+    maker, rng = curriculum.maker, np.random.default_rng(99)
     kinds: dict[str, Callable[[], list[Lesson]]] = {
         "kinds": lambda: [maker.kinds(rng)],
-        "find": lambda: [maker.retrieval(rng, maker.num_candidates)],
+        "copy": lambda: [maker.copying(rng)],
         "taste": lambda: [maker.taste(rng)],
         "match": lambda: [maker.matches(rng)],
         "talk": lambda: maker.conversation(rng),
         "note": lambda: [maker.reference(rng)],
     }
-    return " ".join(
+    found = share_found(decoder, maker, maker.num_candidates, 98)
+    return f"lists of {curriculum.longest}, finds {found:.2f} of {maker.num_candidates}; " + " ".join(
         f"{name} {lesson_logp(decoder, [lesson for _ in range(16) for lesson in draw()]).mean().exp():.2f}"
         for name, draw in kinds.items()
     )
@@ -104,6 +115,7 @@ def pretrain(config: PretrainConfig) -> None:
     tokenizer = train_tokenizer(lexicon_texts(), config.vocab_size)
     codec = TextCodec(tokenizer)
     maker = LessonMaker(codec, make_template(codec), GameConfig())
+    curriculum = Curriculum(maker)
     generator = torch.Generator().manual_seed(config.seed)
     shape = DecoderConfig(
         family="qwen3",
@@ -126,19 +138,21 @@ def pretrain(config: PretrainConfig) -> None:
     def batches() -> Iterator[tuple[list[Lesson], None]]:
         for step in range(config.num_steps):
             rng = np.random.default_rng([config.seed, step])
-            yield draw_lessons(maker, step / config.num_steps, config.tokens_per_step, rng), None
+            yield draw_lessons(curriculum, step / config.num_steps, config.tokens_per_step, rng), None
 
     def progress(step: int, loss: float) -> None:
+        if step % 50 == 49:
+            curriculum.grow(step / config.num_steps, share_found(decoder, maker, curriculum.longest, step))
         if step % 100 == 0 or step == config.num_steps - 1:
             seconds = time.monotonic() - started
-            print(f"step {step:5d} {seconds:5.0f} s  loss {loss:.3f}  {skill_report(decoder, maker)}", flush=True)
+            print(f"step {step:5d} {seconds:5.0f} s  loss {loss:.3f}  {skill_report(decoder, curriculum)}", flush=True)
 
     fine_tune(
         decoder,
         batches(),
         num_steps=config.num_steps,
         learning_rate=config.learning_rate,
-        schedule=cosine(hold=0.3),
+        schedule=cosine(hold=0.6),
         progress=progress,
     )
     tokenizer.save_pretrained(config.out)

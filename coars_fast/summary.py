@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.table import Table as RichTable
 
 from coars_fast.game.episode import Episode
@@ -116,20 +117,24 @@ def warnings(figures: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 
 def comparison_table(record: Mapping[str, Any]) -> RichTable:
-    """Before, after and difference with 95% intervals, for the terminal."""
-    shown = RichTable(title=f"{record['info']['num_eval_users']} held-out users, 95% bootstrap intervals over users")
-    for column in ("", "before", "after", "difference"):
-        shown.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    """Before, after and difference with 95% intervals; made to fit 80 columns, the width of a log file."""
+    title = f"{record['info']['num_eval_users']} held-out users, 95% bootstrap intervals over users"
+    shown = RichTable(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    shown.add_column("", no_wrap=True)
+    for column in ("before", "after", "difference"):
+        shown.add_column(column, justify="right", overflow="fold")
     for name in SHOWN:
         if name in record["before"] and name in record["after"]:
-            cells = [
-                _cell(record[part][name], sign) for part, sign in (("before", ""), ("after", ""), ("difference", "+"))
-            ]
-            shown.add_row(name, *cells)
+            cells = [_cell(record[part][name], sign) for part, sign in (("before", ""), ("after", ""))]
+            shown.add_row(name, *cells, _cell(record["difference"][name], "+"))
     return shown
 
 
 def _cell(interval: Mapping[str, float], sign: str) -> str:
-    return f"{interval['value']:{sign}.3f} [{interval['low']:{sign}.3f}, {interval['high']:{sign}.3f}]".replace(
-        "[", "\\["
-    )
+    value, low, high = (_number(interval[part], sign) for part in ("value", "low", "high"))
+    return f"{value} ({low}, {high})"
+
+
+def _number(value: float, sign: str) -> str:
+    """Four characters beside the sign: .483, 2.41."""
+    return f"{value:{sign}.2f}" if abs(value) >= 0.9995 else f"{value:{sign}.3f}".replace("0.", ".", 1)

@@ -6,7 +6,8 @@
 Read this file first: a run builds its parts, evaluates, then repeats the method's step (play episodes, reward the
 turns, write hindsight references, pack, update both adapters), evaluates again and writes a report. Everything random
 is a function of the seed and the step, so a resumed run needs no random state. What is left to other files: the
-conversation (`game/`), playing it (`rollout/`), the update (`learn/`), the figures (`evaluate.py`).
+conversation (`game/`), playing it (`rollout/`), the update (`learn/`), the figures (`evaluate.py`), checkpoints and
+going on from them (`resume.py`).
 """
 
 from __future__ import annotations
@@ -14,94 +15,78 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from coars_fast import cli
 from coars_fast.config import Config
-from coars_fast.errors import ConfigError
 
 if TYPE_CHECKING:
     from coars_fast.build import Parts
     from coars_fast.evaluate import Evaluation
-    from coars_fast.learn.step import Learner
     from coars_fast.progress import Screen
     from coars_fast.state.run_folder import RunFolder
 
 
 def train(config: Config) -> Path:
     """Run a configuration to its end; returns the run folder."""
-    from coars_fast.build import build
-    from coars_fast.game.trajectory import trajectories
-    from coars_fast.learn.step import Learner
     from coars_fast.progress import Screen
     from coars_fast.report import write_report
-    from coars_fast.rollout.play import play
-    from coars_fast.state import checkpoint
+    from coars_fast.resume import find_start, is_complete, run_path
     from coars_fast.state.run_folder import RunFolder
-    from coars_fast.summary import step_line, step_metrics, transcripts
 
     screen, out = Screen(), run_path(config)
     with RunFolder.open(out, cli.config_to_dict(config), resume=config.resume is not None) as run:
         screen.say(f"run folder {out}")
-        found = checkpoint.find_checkpoint(config.resume if config.resume and is_checkpoint(config) else out)
-        parts = build(config, out, screen, adapters_follow=found is not None)
-        learner = Learner(parts.decoder, config)
-        before = first_evaluation(parts, run, screen)
-        start = restore(found, learner) if found else 0
-        run.truncate_after(start)
-        with screen.bar("CoARS", config.train.num_steps) as advance:
-            for step in range(start, config.train.num_steps):
-                begun = time.perf_counter()
-                episodes = [parts.episode(task) for task in parts.tasks.train_tasks(step)]
-                play(
-                    parts.decoder,
-                    episodes,
-                    seed=config.seed * 1_000_003 + step,
-                    temperature=config.rollout.temperature,
-                    max_reply_tokens=config.rollout.max_reply_tokens,
-                    batch_size=config.rollout.batch_size,
-                )
-                played = time.perf_counter()
-                turns = trajectories(episodes, config.game)  # rewards, weights and references of every turn
-                metrics = learner.update(turns, step) | step_metrics(episodes)
-                metrics |= {"seconds_rollout": played - begun, "seconds_train": time.perf_counter() - played}
-                done = step + 1
-                run.append_metrics({"kind": "train", "step": done, **metrics})
-                last = done == config.train.num_steps
-                if step == 0 or last or done % config.checkpoint.every == 0:
-                    run.append_episodes(transcripts(episodes[:4], parts.dataset.titles, "train", done))
-                if config.eval.every and not last and done % config.eval.every == 0:
-                    evaluate_briefly(parts, run, done)
-                if last or done % config.checkpoint.every == 0:
-                    save(run, learner, parts, done)
-                advance(done, step_line(metrics))
-        finish(parts, run, before, screen)
-    report = write_report(out)
-    screen.say(f"report: {report}")
+        start = find_start(config, run)
+        if is_complete(run, start, config):
+            screen.say(f"all {config.train.num_steps} steps are done and evaluated; raise --train.num-steps to go on")
+        else:
+            run_steps(config, run, start, screen)
+    screen.say(f"report: {write_report(out)}")
     return out
 
 
-def run_path(config: Config) -> Path:
-    """The run folder that the settings name."""
-    if config.resume not in (None, "auto"):
-        assert config.resume is not None
-        path = Path(config.resume)
-        folder = path.parent.parent if is_checkpoint(config) else path
-        if not folder.is_dir():
-            raise ConfigError(f"--resume {config.resume}: no such run or checkpoint folder")
-        if config.out is not None and Path(config.out).resolve() != folder.resolve():
-            raise ConfigError(f"--out {config.out}: --resume {config.resume} goes on in {folder}; leave --out away")
-        return folder
-    if config.out is not None:
-        return Path(config.out)
-    if config.resume == "auto":
-        raise ConfigError("--resume auto: name the run folder with --out")
-    return Path("runs") / f"{Path(config.preset).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+def run_steps(config: Config, run: RunFolder, start: Path | None, screen: Screen) -> None:
+    """Everything from a checkpoint (None: from the beginning) to the last evaluation."""
+    from coars_fast.build import build
+    from coars_fast.game.trajectory import trajectories
+    from coars_fast.learn.step import Learner
+    from coars_fast.resume import restore, save
+    from coars_fast.rollout.play import play
+    from coars_fast.summary import step_line, step_metrics, transcripts
 
-
-def is_checkpoint(config: Config) -> bool:
-    """Whether --resume names a checkpoint inside a run."""
-    return config.resume not in (None, "auto") and Path(str(config.resume)).parent.name == "checkpoints"
+    parts = build(config, run.path, screen, adapters_follow=start is not None)
+    learner = Learner(parts.decoder, config)
+    before = first_evaluation(parts, run, screen)
+    first_step = restore(start, learner)
+    run.truncate_after(first_step)
+    with screen.bar("CoARS", config.train.num_steps) as advance:
+        for step in range(first_step, config.train.num_steps):
+            begun = time.perf_counter()
+            episodes = [parts.episode(task) for task in parts.tasks.train_tasks(step)]
+            play(
+                parts.decoder,
+                episodes,
+                seed=config.seed * 1_000_003 + step,
+                temperature=config.rollout.temperature,
+                max_reply_tokens=config.rollout.max_reply_tokens,
+                batch_size=config.rollout.batch_size,
+            )
+            played = time.perf_counter()
+            turns = trajectories(episodes, config.game)  # rewards, weights and references of every turn
+            metrics = learner.update(turns, step) | step_metrics(episodes)
+            metrics |= {"seconds_rollout": played - begun, "seconds_train": time.perf_counter() - played}
+            done = step + 1
+            run.append_metrics({"kind": "train", "step": done, **metrics})
+            last = done == config.train.num_steps
+            if step == 0 or last or done % config.checkpoint.every == 0:
+                run.append_episodes(transcripts(episodes[:4], parts.dataset.titles, "train", done))
+            if config.eval.every and not last and done % config.eval.every == 0:
+                evaluate_briefly(parts, run, done)
+            if last or done % config.checkpoint.every == 0:
+                save(run, learner, parts, done)
+            advance(done, step_line(metrics))
+    finish(parts, run, before, screen)
 
 
 def first_evaluation(parts: Parts, run: RunFolder, screen: Screen) -> Evaluation:
@@ -109,7 +94,7 @@ def first_evaluation(parts: Parts, run: RunFolder, screen: Screen) -> Evaluation
     from coars_fast.evaluate import Evaluation
     from coars_fast.summary import transcripts
 
-    stored = Evaluation.read(run.path / "evaluation.json", "before")
+    stored = Evaluation.read(run.evaluation(), "before")
     if stored is not None:
         return stored
     before = measure(parts, screen, "evaluation before")
@@ -133,32 +118,6 @@ def evaluate_briefly(parts: Parts, run: RunFolder, step: int) -> None:
 
     figures = evaluate(parts, short=True).metrics(parts.config)
     run.append_metrics({"kind": "evaluation", "step": step, "metrics": figures})
-
-
-def restore(path: Path, learner: Learner) -> int:
-    """Load adapters and optimizer; returns how many steps were done."""
-    from coars_fast.model.lora import load_adapter_state
-    from coars_fast.state.checkpoint import load_checkpoint, optimizer_from_tensors
-
-    step, tensors, _ = load_checkpoint(path)
-    for agent, name in enumerate(("recommender", "user")):
-        load_adapter_state(learner.decoder, agent, tensors[name], source=str(path / f"{name}.safetensors"))
-    optimizer_from_tensors(learner.optimizer, tensors["optimizer"], learner.named_parameters())
-    return step
-
-
-def save(run: RunFolder, learner: Learner, parts: Parts, step: int) -> None:
-    """Write a checkpoint, and both adapters as PEFT folders."""
-    from coars_fast.model.lora import adapter_state, save_peft
-    from coars_fast.state.checkpoint import optimizer_to_tensors, save_checkpoint
-
-    state: dict[str, Any] = {
-        name: adapter_state(learner.decoder, agent) for agent, name in enumerate(("recommender", "user"))
-    }
-    state["optimizer"] = optimizer_to_tensors(learner.optimizer, learner.named_parameters())
-    save_checkpoint(run.path, step, state, {"seed": parts.config.seed}, keep=parts.config.checkpoint.keep)
-    for agent, name in enumerate(("recommender", "user")):
-        save_peft(learner.decoder, agent, run.path / "adapters" / name, parts.base)
 
 
 def finish(parts: Parts, run: RunFolder, before: Evaluation, screen: Screen) -> None:

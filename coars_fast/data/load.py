@@ -10,18 +10,22 @@ from coars_fast.errors import DataError
 
 
 def load_dataset(config: Config) -> Dataset:
-    """The MovieLens folder `data.path`, or else the synthetic world; without users of too few interactions.
+    """The synthetic world or the MovieLens folder, as `data.format` says; without users of too few interactions.
 
     Raises:
         MissingDataError, DataError: see :func:`coars_fast.data.movielens.load_movielens`; also if no user is left.
     """
-    if config.data.path is None:
+    data_format = config.data.format
+    if data_format == "auto":
+        data_format = "world" if config.data.path is None else "movielens"
+    if data_format == "world":
         from coars_fast.data.world import make_world
 
         dataset = make_world(config.world)
     else:
         from coars_fast.data.movielens import load_movielens
 
+        assert config.data.path is not None, "config.check refuses it"
         dataset = load_movielens(config.data.path)
     kept = [u for u, sequence in enumerate(dataset.sequences) if len(sequence) >= config.data.min_interactions]
     if not kept:

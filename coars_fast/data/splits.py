@@ -9,7 +9,6 @@ a validation split: settings are chosen on another world or another `eval_seed`.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -18,8 +17,6 @@ import numpy as np
 from coars_fast.config import DataConfig
 from coars_fast.data.records import Dataset
 from coars_fast.errors import ConfigError, DataError
-
-_LOG = logging.getLogger(__name__)
 
 
 class Purpose(IntEnum):
@@ -71,7 +68,7 @@ class Split:
 def make_split(dataset: Dataset, config: DataConfig) -> Split:
     """Cut every sequence, and draw the evaluation's users by `eval_seed`.
 
-    With `hold_out_users` at most half of all users are evaluated; a warning says when that is fewer than asked for.
+    With `hold_out_users` at most half of all users are evaluated, and never more than there are.
 
     Raises:
         ConfigError: a sequence is too short for its training part to keep an item.
@@ -92,8 +89,6 @@ def make_split(dataset: Dataset, config: DataConfig) -> Split:
             f"data.min_interactions (now {config.min_interactions}), or give a larger data set"
         )
     num_eval = min(config.num_eval_users, most)
-    if num_eval < config.num_eval_users:
-        _LOG.warning("data.num_eval_users: %d of %d users asked for are evaluated", num_eval, config.num_eval_users)
     drawn = keyed_rng(Purpose.EVAL_USERS, config.eval_seed).permutation(dataset.num_users)[:num_eval].tolist()
     held_out = set(drawn) if config.hold_out_users else set()
     return Split(

@@ -6,6 +6,7 @@ resume gives the same one. :class:`TaskMaker` makes single tasks, :class:`TaskSo
 
 from __future__ import annotations
 
+import logging
 from functools import cached_property
 
 import numpy as np
@@ -16,6 +17,8 @@ from coars_fast.data.records import Dataset, DiscriminationTask, Task
 from coars_fast.data.sasrec import SASRec, full_ranking
 from coars_fast.data.splits import Purpose, Split, keyed_rng, make_split, train_order
 from coars_fast.errors import ConfigError, DataError
+
+_LOG = logging.getLogger(__name__)
 
 DISC_ITEMS = 20
 """Items of a discrimination task."""
@@ -140,6 +143,9 @@ class TaskSource:
         """`sasrec` must have been trained on `make_split(dataset, config.data).train_sequences`."""
         self.config = config
         self.split = make_split(dataset, config.data)
+        found, wanted = len(self.split.eval_users), config.data.num_eval_users
+        if found < wanted:
+            _LOG.warning("data.num_eval_users: %d of %d users asked for are evaluated", found, wanted)
         self.maker = TaskMaker(dataset, self.split, config.data, sasrec)
         self.disc_skipped: dict[int, int] = {}
         """ratio -> evaluation users that :meth:`disc_tasks` passed over because they took too few items."""

@@ -20,6 +20,9 @@ from coars_fast.game.reference import branch
 from coars_fast.game.rewards import TurnReward
 from coars_fast.game.template import TextCodec, TokenTemplate
 
+RANDOM_RATE = 0.25
+"""Share of a conversation's recommendations that are random."""
+
 
 class LessonMaker:
     """Draws lessons.
@@ -59,14 +62,48 @@ class LessonMaker:
         titles = draw_titles(int(rng.integers(3, 9)), rng)
         return self._drill("Kinds: " + "; ".join(titles), (" " + "; ".join(" ".join(kind(t)) for t in titles), True))
 
-    def retrieval(self, rng: np.random.Generator, max_items: int) -> Lesson:
-        """Find titles in a numbered list by what they are: many queries to a list."""
-        titles = draw_titles(int(rng.integers(2, max_items + 1)), rng)
-        picks = rng.choice(len(titles), size=min(len(titles), 6), replace=False)
-        # A query names style and genre; where a list holds two titles of one kind, either may be the answer.
-        answers = []
-        for i in picks:
-            answers += [(f" {' '.join(kind(titles[i]))}", False), (f". Item: {i + 1}. {titles[i]}\n", True)]
+    def copying(self, rng: np.random.Generator) -> Lesson:
+        """Titles by their number and numbers by their title, in lists of any length."""
+        titles = draw_titles(int(rng.integers(2, self.num_candidates + 1)), rng)
+        answers: list[tuple[str, bool]] = []
+        for i in rng.integers(len(titles), size=8):
+            if rng.random() < 0.6:
+                answers += [(f" {i + 1}.", False), (f" {titles[i]}", True), (";", False)]
+            else:
+                answers += [(f" {titles[i]}:", False), (f" {i + 1}", True), (";", False)]
+        return self._drill("Candidates: " + numbered(titles, "; "), *answers)
+
+    def retrieval(
+        self, rng: np.random.Generator, num_items: int, *, title_rate: float, popular_rate: float, partial_rate: float
+    ) -> Lesson:
+        """Find titles in a numbered list by what they are, as a recommender's reply does; many queries to a list.
+
+        Args:
+            rng: draws the list and the queries.
+            num_items: length of the list.
+            title_rate: share of answers of which the title is learned too, not only the number.
+            popular_rate: share of queries for what is popular within a genre.
+            partial_rate: share of queries for a genre or a style alone (the first that fits is right).
+        """
+        titles = draw_titles(num_items, rng)
+        kinds = [kind(title) for title in titles]
+        answers: list[tuple[str, bool]] = []
+        for i in rng.integers(num_items, size=6):
+            (style, genre), drawn = kinds[i], rng.random()
+            if drawn < partial_rate:
+                which = int(rng.integers(2))
+                found = next(j for j, other in enumerate(kinds) if other[which] == kinds[i][which])
+                wanted = kinds[i][which]
+            else:
+                style = personas.POPULAR if drawn < partial_rate + popular_rate else style
+                found = personas.choose(titles, style, genre, set())
+                wanted = f"{style} {genre}"
+            answers += [
+                (f"Reason: likes {wanted}.\nItem:", False),
+                (f" {found + 1}", True),
+                (f". {titles[found]}", rng.random() < title_rate),
+                ("\n", False),
+            ]
         return self._drill("Candidates: " + numbered(titles, "; "), *answers)
 
     def taste(self, rng: np.random.Generator) -> Lesson:
@@ -139,16 +176,26 @@ class LessonMaker:
         return personas.judge(history, episode.titles[item], rng)
 
     def conversation(self, rng: np.random.Generator) -> list[Lesson]:
-        """Both views of a conversation of the scripted pair."""
+        """Both views of a conversation of the scripted pair.
+
+        Some recommendations are random ones, from which only the user learns: else it would learn to believe the
+        recommender's reason instead of reading the title.
+        """
         episode = self._episode(rng)
+        learned: tuple[list[bool], list[bool]] = ([], [])
         while episode.waiting is not None:
-            episode.receive(self._reply(self._speak(episode, rng)))
+            agent, text, genuine = episode.waiting, self._speak(episode, rng), True
+            if agent == RECOMMENDER and rng.random() < RANDOM_RATE:
+                index, genuine = int(rng.integers(self.num_candidates)), False
+                text = format_recommendation(_random_reason(rng), index + 1, episode.candidate_titles[index])
+            learned[agent].append(genuine)
+            episode.receive(self._reply(text))
         lessons = []
-        for view in episode.views:
+        for view, genuine in zip(episode.views, learned, strict=True):
             is_answer = [False] * len(view.tokens)
-            for span in view.spans:
-                is_answer[span.start : span.end] = [True] * (span.end - span.start)
-            if view.spans:
+            for span, learn in zip(view.spans, genuine, strict=True):
+                is_answer[span.start : span.end] = [learn] * (span.end - span.start)
+            if any(is_answer):
                 lessons.append(Lesson(tokens=view.tokens, is_answer=is_answer))
         return lessons
 
@@ -199,19 +246,67 @@ def _draw_liked(pool: Sequence[str], liked: tuple[str, str], count: int, rng: np
     return taken
 
 
+def _random_reason(rng: np.random.Generator) -> str:
+    """A recommender's reason that says nothing about the item."""
+    if rng.random() < 0.3:
+        return "try this."
+    style = [personas.POPULAR, *STYLES][rng.integers(len(STYLES) + 1)]
+    return f"likes {style} {list(GENRES)[rng.integers(len(GENRES))]}."
+
+
 Draw = Callable[[np.random.Generator], list[Lesson]]
 
 
-def curriculum(maker: LessonMaker, progress: float) -> list[tuple[float, Draw]]:
-    """Kinds of lessons with their weights at this share of the pretraining: skills first, growing lists, then talk."""
-    longest = min(10, 3 + int(progress * 30))
-    talk = min(1.0, max(0.0, (progress - 0.15) / 0.25))
-    skill = 1.0 - 0.85 * talk
-    return [
-        (0.1 * skill, lambda rng: [maker.kinds(rng)]),
-        (0.5 * skill, lambda rng: [maker.retrieval(rng, longest)]),
-        (0.15 * skill, lambda rng: [maker.taste(rng)]),
-        (0.25 * skill, lambda rng: [maker.matches(rng)]),
-        (0.65 * talk, maker.conversation),
-        (0.35 * talk, lambda rng: [maker.reference(rng)]),
-    ]
+class Curriculum:
+    """Which lessons come when: reading titles, then finding them in lists that grow with success, then conversations.
+
+    A model this small sits on a plateau if it is given long lists before it can find things in short ones, or all kinds
+    of lessons at once (docs/log.md has the figures).
+    """
+
+    READING = 0.18
+    """Share of the pretraining for the first part."""
+    FINDING = 0.6
+    """Where conversations begin at the latest."""
+
+    def __init__(self, maker: LessonMaker):
+        self.maker = maker
+        self.longest = 3
+        """Items in the longest list of a retrieval lesson."""
+        self.finds_all = False
+
+    def grow(self, progress: float, share_found: float) -> None:
+        """Make lists longer once most items of the present length are found."""
+        if progress < self.READING or share_found < 0.75:
+            return
+        self.finds_all = self.finds_all or self.longest == self.maker.num_candidates
+        self.longest = min(self.longest + 1, self.maker.num_candidates)
+
+    def kinds(self, progress: float) -> list[tuple[float, Draw]]:
+        """Kinds of lessons with their weights at this share (0 to 1) of the pretraining."""
+        maker = self.maker
+
+        def find(longest: int, **rates: float) -> Draw:
+            return lambda rng: [maker.retrieval(rng, int(rng.integers(2, longest + 1)), **rates)]
+
+        reading: list[tuple[float, Draw]] = [
+            (0.1, lambda rng: [maker.kinds(rng)]),
+            (0.15, lambda rng: [maker.taste(rng)]),
+            (0.25, lambda rng: [maker.matches(rng)]),
+        ]
+        if progress < self.READING:
+            longest = min(maker.num_candidates, 3 + int(progress * 30))
+            return [*reading, (0.5, find(longest, title_rate=1.0, popular_rate=0.0, partial_rate=0.0))]
+        if progress < self.FINDING and not self.finds_all:
+            lists = find(self.longest, title_rate=0.1, popular_rate=0.0, partial_rate=0.5)
+            return [
+                *[(0.4 * weight, draw) for weight, draw in reading],
+                (0.12, lambda rng: [maker.copying(rng)]),
+                (0.68, lists),
+            ]
+        return [
+            *[(0.3 * weight, draw) for weight, draw in reading],
+            (0.25, find(maker.num_candidates, title_rate=0.3, popular_rate=0.2, partial_rate=0.1)),
+            (0.4, maker.conversation),
+            (0.2, lambda rng: [maker.reference(rng)]),
+        ]

@@ -63,6 +63,9 @@ class Learner:
     def update(self, trajectories: Sequence[Trajectory], step: int) -> dict[str, float]:
         """One training step on the episodes of one rollout; returns its metrics.
 
+        They are exact over an update, however it is split into micro-batches. With several minibatches they are plain
+        means over these, which follow one another with other weights and need not hold the same number of tokens.
+
         Raises:
             NonFiniteError: a reward, a log-prob, the loss or a gradient is not finite. No weight has changed, unless
                 an earlier minibatch of this step changed them.
@@ -86,28 +89,23 @@ class Learner:
         ready = normalise(trajectories, baseline=baseline, num_episodes=num_episodes)
         ready = [t for t in ready if t.turns]
         self.optimizer.zero_grad(set_to_none=True)
-        totals: dict[str, float] = {}
-        tokens = 0.0
-        for group in split(ready, self.config.train.max_tokens):
-            batch = pack(group).to(self.device)
-            loss, metrics = self._loss(batch)
+        batches = [pack(group) for group in split(ready, self.config.train.max_tokens)]
+        credit_means = self._credit_means(batches) if self.config.loss.credit_center and len(batches) > 1 else None
+        parts: list[dict[str, Tensor]] = []
+        for batch in batches:
+            loss, metrics = self._loss(batch.to(self.device), credit_means)
             if not math.isfinite(loss.item()):
                 raise NonFiniteError(f"the loss is {loss.item()} in a batch with episodes {_some(batch.episodes)}")
             if loss.requires_grad:
                 loss.backward()
-            values = {name: value.item() for name, value in metrics.items()}
-            count = values["num_tokens"]
-            for name, value in values.items():
-                if name.endswith("_max"):
-                    totals[name] = max(totals.get(name, value), value)
-                elif not name.startswith("num_"):
-                    totals[name] = totals.get(name, 0.0) + value * (1.0 if name.startswith("loss") else count)
-            totals["loss"] = totals.get("loss", 0.0) + loss.item()
-            tokens += count
-        whole = ("loss", "logp_difference_max")
-        averaged = {k: v if k.startswith(whole) else v / max(1.0, tokens) for k, v in totals.items()}
-        averaged |= self._apply_gradients()
-        return averaged
+            parts.append(metrics)
+        return _whole(parts) | self._apply_gradients()
+
+    @torch.no_grad()
+    def _credit_means(self, batches: Sequence[PackedBatch]) -> Tensor:
+        """[2] mean credit of each agent over all micro-batches of an update, which none of them can know alone."""
+        found = _whole([self._loss(batch.to(self.device))[1] for batch in batches])
+        return torch.tensor([found[f"credit_mean_{name}"] for name in AGENT_NAMES], device=self.device)
 
     def _hidden(self, source: Any, *, adapters: bool = True) -> Tensor:
         """Hidden states of packed sequences (a batch or teacher inputs), [N, H]."""
@@ -115,8 +113,11 @@ class Learner:
         agent_ids = source.agent_ids if adapters else None
         return self.decoder(source.token_ids, source.position_ids, attend, agent_ids)
 
-    def _loss(self, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of a packed batch and its metrics, means over the tokens of turns that are not excluded."""
+    def _loss(self, batch: PackedBatch, credit_means: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a packed batch and its metrics, means over the tokens of turns that are not excluded.
+
+        `credit_means` [2]: each agent's mean credit over the whole update; None: `batch` is the whole update.
+        """
         loss, weight = self.config.loss, self.decoder.head_weight
         student = self._hidden(batch)[batch.rows]
         teacher = reference_logp = None
@@ -127,19 +128,22 @@ class Learner:
             if loss.kl_weight:
                 base = self._hidden(batch, adapters=False)[batch.rows]
                 reference_logp = linear_logprob(base, weight, batch.target)
+        turn_reward = batch.turn_reward
+        if credit_means is not None:  # R + w (A - mean) = (R - w mean) + w A
+            turn_reward = turn_reward - loss.credit_weight * credit_means[batch.turn_agent.long()]
         value, metrics, logp, _ = fused_credit_loss(
             student,
             teacher,
             weight,
             batch.target,
             batch.behaviour_logp,
-            batch.turn_reward,
+            turn_reward,
             batch.turn_offsets,
             turn_weight=batch.turn_weight,
             turn_agent=batch.turn_agent,
             credit_weight=loss.credit_weight,
             credit_clip=loss.credit_clip,
-            credit_center=loss.credit_center,
+            credit_center=loss.credit_center and credit_means is None,
             objective=self.config.objective,
             clip_low=loss.clip_low,
             clip_high=loss.clip_high,
@@ -147,10 +151,14 @@ class Learner:
             reference_logp=reference_logp,
             kl_weight=loss.kl_weight,
         )
-        counted = (batch.turn_weight != 0).repeat_interleave(batch.turn_offsets.diff())
-        difference = (logp - batch.behaviour_logp).abs() * counted
+        lengths = batch.turn_offsets.diff()
+        counted = batch.turn_weight != 0
+        difference = (logp - batch.behaviour_logp).abs() * counted.repeat_interleave(lengths)
+        metrics["loss"] = value.detach()
         metrics["logp_difference"] = difference.sum() / metrics["num_tokens"].clamp(min=1)
         metrics["logp_difference_max"] = difference.max()
+        for agent, name in enumerate(AGENT_NAMES):
+            metrics[f"num_tokens_{name}"] = lengths[counted & (batch.turn_agent == agent)].sum()
         return value, metrics
 
     def _apply_gradients(self) -> dict[str, float]:
@@ -180,6 +188,30 @@ def _check_finite(trajectories: Sequence[Trajectory]) -> None:
             if not all(map(math.isfinite, numbers)):
                 agent = AGENT_NAMES[t.agent]
                 raise NonFiniteError(f"{name} of episode {t.episode} ({agent}) is not finite; no weight was changed")
+
+
+def _whole(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+    """Metrics of an update from those of its micro-batches; counts of turns and tokens are left out."""
+    columns = {name: [part[name].item() for part in parts] for name in parts[0]}
+
+    def mean(values: Sequence[float], count: str = "num_tokens") -> float:
+        counts = columns[count]
+        return sum(value * n for value, n in zip(values, counts, strict=True)) / max(1.0, sum(counts))
+
+    found = {}
+    for name, values in columns.items():
+        if name.endswith("_max"):
+            found[name] = max(values)
+        elif name.startswith("loss"):
+            found[name] = sum(values)
+        elif name.startswith("credit_mean_"):  # of one agent
+            found[name] = mean(values, name.replace("credit_mean", "num_tokens"))
+        elif not name.startswith("num_"):
+            found[name] = mean(values)
+    moments = zip(columns["advantage_mean"], columns["advantage_std"], strict=True)
+    squares = mean([m**2 + s**2 for m, s in moments])
+    found["advantage_std"] = math.sqrt(max(0.0, squares - found["advantage_mean"] ** 2))
+    return found
 
 
 def _combined(name: str, values: Sequence[float]) -> float:

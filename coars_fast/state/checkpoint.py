@@ -75,6 +75,12 @@ def find_checkpoint(path: str | Path) -> Path | None:
     return found[-1] if found else None
 
 
+def step_of(path: Path) -> int | None:
+    """The step in a checkpoint folder's name; None for another name."""
+    match = NAME.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
 def load_checkpoint(path: str | Path) -> tuple[int, dict[str, dict[str, Tensor]], dict[str, Any]]:
     """(step, tensors on the CPU, meta) as given to :func:`save_checkpoint`; subfolders of `writers` are the caller's.
 
@@ -173,17 +179,11 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _step(path: Path) -> int | None:
-    """The step in a checkpoint folder's name; None for another name."""
-    match = NAME.fullmatch(path.name)
-    return int(match[1]) if match else None
-
-
 def _checkpoints(home: Path) -> list[Path]:
     """Oldest first; `step-N.replaced` counts only while `step-N` is missing."""
     found: dict[int, Path] = {}
     for path in sorted(home.glob("step-*"), reverse=True):  # "step-000020.replaced" comes before "step-000020"
-        step = _step(path)
+        step = step_of(path)
         if step is not None:
             found[step] = path
     return [found[step] for step in sorted(found)]
@@ -200,8 +200,8 @@ def _sweep(home: Path, keep: int | None = None) -> None:
 
 def _way_out(path: Path) -> str:
     """What to do instead of loading the broken checkpoint `path`."""
-    step = _step(path)
-    earlier = [other for other in _checkpoints(path.parent) if step is not None and (_step(other) or 0) < step]
+    step = step_of(path)
+    earlier = [other for other in _checkpoints(path.parent) if step is not None and (step_of(other) or 0) < step]
     if earlier:
         return f"go on from the checkpoint before it: --resume {earlier[-1]}"
     return "there is no checkpoint before it; start again with another --out"

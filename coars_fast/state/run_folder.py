@@ -3,9 +3,13 @@
     config.json        the settings            evaluation.json  before and after training, with intervals
     metrics.jsonl      one record a step       episodes.jsonl   transcripts
     checkpoints/       see checkpoint.py       run.lock         who is writing here
+    base/              the base model, where the run changed it
 
 One process writes at a time: it holds an exclusive lock on `run.lock`, which the system takes back when the process
 ends, however it ends; the file itself stays. The lock needs POSIX, and a file system that supports `flock`.
+
+A run that its own input stops (a data file, a model, a setting) before its first record leaves the folder as it found
+it, so that the command can be put right and given again.
 """
 
 from __future__ import annotations
@@ -20,8 +24,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from coars_fast.errors import RunFolderError
+from coars_fast.errors import CoarsError, RunFolderError
 from coars_fast.state.files import (
+    atomic_write_bytes,
     atomic_write_text,
     delete_folder,
     json_line,
@@ -32,8 +37,8 @@ from coars_fast.state.files import (
     write_jsonl,
 )
 
-RUN_FILES = ("config.json", "metrics.jsonl", "episodes.jsonl", "evaluation.json", "checkpoints")
-MAY_CHANGE = ("out", "resume", "train.num_steps", "eval.every")
+RUN_FILES = ("config.json", "metrics.jsonl", "episodes.jsonl", "evaluation.json", "checkpoints", "base")
+MAY_CHANGE = ("out", "resume", "preset", "train.num_steps", "eval.every")
 MAY_CHANGE_BELOW = ("checkpoint.",)
 ABSENT = "(absent)"
 
@@ -45,6 +50,9 @@ class RunFolder:
         self.path = path
         self._lock = lock
         self._files: dict[str, IO[str]] = {}
+        self._held = [name for name in RUN_FILES if (path / name).exists()]
+        self._settings_before = (path / "config.json").read_bytes() if "config.json" in self._held else None
+        self._has_written = False
 
     @classmethod
     def open(cls, path: str | Path, config: Mapping[str, Any], resume: bool) -> RunFolder:
@@ -67,10 +75,9 @@ class RunFolder:
         return run
 
     def _enter_settings(self, config: Mapping[str, Any], resume: bool) -> None:
-        held = [name for name in RUN_FILES if (self.path / name).exists()]
-        if held and not resume:
+        if self._held and not resume:
             raise RunFolderError(
-                f"{self.path}: holds a run already ({', '.join(held)}); go on with it by --resume auto, "
+                f"{self.path}: holds a run already ({', '.join(self._held)}); go on with it by --resume auto, "
                 "or choose another --out"
             )
         check_settings(self.path, config)
@@ -85,11 +92,12 @@ class RunFolder:
         self._append("episodes.jsonl", records)
 
     def truncate_after(self, step: int) -> None:
-        """Forget what came after `step`, for a run that goes on from there: records and checkpoints.
+        """Forget what came after `step`, for a run that goes on from there: records, checkpoints, the evaluation after.
 
         Without this, a second `--resume auto` could pick a checkpoint of the timeline that was left. Records without a
         step are kept; a last line torn by a kill is dropped.
         """
+        self._has_written = True
         # Checkpoints first: killed in between, the next resume starts from an older one and comes here again.
         for checkpoint in (self.path / "checkpoints").glob("step-*"):
             number = checkpoint.name.removeprefix("step-").partition(".")[0]
@@ -100,9 +108,19 @@ class RunFolder:
             path = self.path / name
             if path.exists():
                 write_jsonl(path, [record for record in read_jsonl(path) if (record.get("step") or 0) <= step])
+        evaluation = self.evaluation()
+        if "after" in evaluation:
+            users = {"before": evaluation.get("users", {}).get("before")}
+            self.write_evaluation({"before": evaluation.get("before"), "users": users})
+
+    def evaluation(self) -> dict[str, Any]:
+        """What `evaluation.json` holds; nothing where there is none yet."""
+        path = self.path / "evaluation.json"
+        return read_json(path) if path.exists() else {}
 
     def write_evaluation(self, evaluation: Mapping[str, Any]) -> None:
         """Replace `evaluation.json`, atomically."""
+        self._has_written = True
         atomic_write_text(self.path / "evaluation.json", json_text(evaluation))
 
     def close(self) -> None:
@@ -117,9 +135,22 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if isinstance(error, CoarsError) and not self._has_written:
+            self._take_back()
         self.close()
 
+    def _take_back(self) -> None:
+        """Put back the settings that were here, or none, and forget a base model made under the new ones."""
+        settings, base = self.path / "config.json", self.path / "base"
+        if self._settings_before is not None:
+            atomic_write_bytes(settings, self._settings_before)
+        else:
+            settings.unlink(missing_ok=True)
+        if "base" not in self._held and base.exists():
+            delete_folder(base)
+
     def _append(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
+        self._has_written = True
         if name not in self._files:
             _drop_torn_line(self.path / name)
             self._files[name] = open(self.path / name, "a", encoding="utf-8", buffering=1)

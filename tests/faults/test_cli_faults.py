@@ -1,8 +1,13 @@
 """Wrong settings: the answer names the file, the key and what would have been right."""
 
+import math
+from dataclasses import is_dataclass, replace
+from typing import get_args, get_type_hints
+
 import pytest
 
 from coars_fast import cli
+from coars_fast.config import Config, check
 from coars_fast.errors import CoarsError, ConfigError
 
 
@@ -69,6 +74,46 @@ def test_a_wrong_flag_exits_with_2(argv, capsys):
 def test_a_setting_out_of_range_is_refused_before_any_work():
     with pytest.raises(CoarsError, match="train.learning_rate: -1.0 must be above 0"):
         cli.parse_config(["--train.learning-rate", "-1"])
+
+
+def with_setting(name: str, value: float) -> Config:
+    section, _, last = name.rpartition(".")
+    if not section:
+        return replace(Config(), **{last: value})
+    return replace(Config(), **{section: replace(getattr(Config(), section), **{last: value})})
+
+
+def numbers(kind: type) -> list[str]:
+    """Names of the settings of this type, `float | None` included."""
+    sections = {"": Config(), **{name: value for name, value in vars(Config()).items() if is_dataclass(value)}}
+    return [
+        f"{section}.{name}".lstrip(".")
+        for section, settings in sections.items()
+        for name, hint in get_type_hints(type(settings)).items()
+        if kind in (hint, *get_args(hint))
+    ]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_every_setting_refuses_numbers_that_are_not_finite(value):
+    assert {"loss.dual_clip", "loss.credit_weight", "train.learning_rate"} <= set(numbers(float))
+    for name in numbers(float):
+        with pytest.raises(ConfigError, match=f"^{name}: {value} is not a finite number"):
+            check(with_setting(name, value))
+
+
+def test_no_number_may_be_negative():
+    assert {"seed", "sft.batch_size", "eval.num_samples"} <= set(numbers(int))
+    for name in numbers(int) + numbers(float):
+        if name == "model.tokenizer_size":  # read for a `catalogue` tokenizer only
+            continue
+        with pytest.raises(ConfigError, match=f"^{name}: "):
+            check(with_setting(name, -1))
+
+
+@pytest.mark.parametrize("name", ["sft.num_steps", "train.warmup_steps", "eval.num_samples", "eval.num_disc_users"])
+def test_what_can_be_left_out_may_be_zero(name):
+    check(with_setting(name, 0))
 
 
 def test_a_config_file_of_another_version():

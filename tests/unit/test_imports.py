@@ -10,7 +10,9 @@ from importlinter.cli import lint_imports
 ROOT = Path(__file__).parents[2]
 
 
-def test_import_contracts(capsys):
+def test_import_contracts(capsys, monkeypatch):
+    # It would set up logging for the whole process and switch off the loggers that other tests listen to.
+    monkeypatch.setattr("importlinter.cli._configure_logging", lambda verbose: None)
     code = lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True)
     assert code == 0, capsys.readouterr().out
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from coars_fast.errors import RunFolderError
+from coars_fast.errors import ConfigError, RunFolderError
 from coars_fast.state import files
 from coars_fast.state.checkpoint import (
     find_checkpoint,
@@ -49,7 +49,14 @@ def test_records_of_a_run(tmp_path):
 
 def test_resume_may_extend_a_run(tmp_path):
     RunFolder.open(tmp_path, CONFIG, resume=True).close()  # `--resume auto` in an empty folder starts there
-    longer = {**CONFIG, "out": "b", "resume": "auto", "train": {"num_steps": 9, "learning_rate": 0.1}, "checkpoint": {}}
+    longer = {
+        **CONFIG,
+        "out": "b",
+        "preset": "my.toml",
+        "resume": "auto",
+        "train": {"num_steps": 9, "learning_rate": 0.1},
+        "checkpoint": {},
+    }
     RunFolder.open(tmp_path, longer, resume=True).close()
     assert files.read_json(tmp_path / "config.json") == longer
     check_settings(tmp_path, CONFIG)
@@ -73,6 +80,45 @@ def test_truncate_after_forgets_the_later_timeline(tmp_path):
     assert steps == [1, 2, 3, 4, None, 5]
     assert [record["step"] for record in files.read_jsonl(tmp_path / "episodes.jsonl")] == [0, 2, 4]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
+
+
+def test_truncate_after_forgets_the_evaluation_after(tmp_path):
+    before = {"before": {"hit@1": 0.5}, "users": {"before": [1, 2]}}
+    with RunFolder.open(tmp_path, CONFIG, resume=False) as run:
+        assert run.evaluation() == {}
+        run.write_evaluation({"before": {"hit@1": 0.5}, "after": {}, "users": {"before": [1, 2], "after": [3]}})
+        run.truncate_after(4)
+        assert run.evaluation() == before
+        run.truncate_after(4)
+        assert run.evaluation() == before
+
+
+def stop_by_own_error(folder, config, write=lambda run: None, error=ConfigError):
+    with pytest.raises(error), RunFolder.open(folder, config, resume=True) as run:
+        write(run)
+        raise error("the input is wrong")
+
+
+def test_a_run_that_its_input_stops_leaves_the_folder_as_it_was(tmp_path):
+    def make_base(run):
+        (run.path / "base").mkdir()
+
+    stop_by_own_error(tmp_path, CONFIG, make_base)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
+    with RunFolder.open(tmp_path, CONFIG, resume=False) as run:
+        make_base(run)
+    stop_by_own_error(tmp_path, {**CONFIG, "out": "other"})
+    assert files.read_json(tmp_path / "config.json") == CONFIG and (tmp_path / "base").is_dir()
+
+
+@pytest.mark.parametrize("error", [ConfigError, KeyboardInterrupt])
+def test_a_run_that_wrote_or_was_killed_keeps_its_settings(tmp_path, error):
+    def write(run):
+        if error is ConfigError:
+            run.append_metrics({"step": 1})
+
+    stop_by_own_error(tmp_path, CONFIG, write, error)
+    assert files.read_json(tmp_path / "config.json") == CONFIG
 
 
 def test_checkpoint_roundtrip(tmp_path):
