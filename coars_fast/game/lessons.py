@@ -62,47 +62,40 @@ class LessonMaker:
         titles = draw_titles(int(rng.integers(3, 9)), rng)
         return self._drill("Kinds: " + "; ".join(titles), (" " + "; ".join(" ".join(kind(t)) for t in titles), True))
 
-    def copying(self, rng: np.random.Generator) -> Lesson:
-        """Titles by their number and numbers by their title, in lists of any length."""
-        titles = draw_titles(int(rng.integers(2, self.num_candidates + 1)), rng)
+    def copying(self, rng: np.random.Generator, num_items: int) -> Lesson:
+        """Titles by their number, many to a list."""
+        titles = draw_titles(num_items, rng)
         answers: list[tuple[str, bool]] = []
-        for i in rng.integers(len(titles), size=8):
-            if rng.random() < 0.6:
-                answers += [(f" {i + 1}.", False), (f" {titles[i]}", True), (";", False)]
-            else:
-                answers += [(f" {titles[i]}:", False), (f" {i + 1}", True), (";", False)]
+        for i in rng.integers(num_items, size=16):
+            answers += [(f" {i + 1}.", False), (f" {titles[i]}", True), (";", False)]
         return self._drill("Candidates: " + numbered(titles, "; "), *answers)
 
-    def retrieval(
-        self, rng: np.random.Generator, num_items: int, *, title_rate: float, popular_rate: float, partial_rate: float
-    ) -> Lesson:
-        """Find titles in a numbered list by what they are, as a recommender's reply does; many queries to a list.
-
-        Args:
-            rng: draws the list and the queries.
-            num_items: length of the list.
-            title_rate: share of answers of which the title is learned too, not only the number.
-            popular_rate: share of queries for what is popular within a genre.
-            partial_rate: share of queries for a genre or a style alone (the first that fits is right).
-        """
+    def retrieval(self, rng: np.random.Generator, num_items: int) -> Lesson:
+        """Numbers by what a title is (style and genre, or one of them alone), many to a list. Of several that fit, the
+        first is right."""
         titles = draw_titles(num_items, rng)
         kinds = [kind(title) for title in titles]
         answers: list[tuple[str, bool]] = []
+        for i in rng.integers(num_items, size=16):
+            wanted = [{0, 1}, {1}, {0}][int(rng.choice(3, p=(0.5, 0.3, 0.2)))]
+            found = next(j for j, other in enumerate(kinds) if all(other[w] == kinds[i][w] for w in wanted))
+            query = " ".join(kinds[i][w] for w in sorted(wanted))
+            answers += [(f" {query}", False), (f" {found + 1}", True), (";", False)]
+        return self._drill("Candidates: " + numbered(titles, "; "), *answers)
+
+    def recommending(self, rng: np.random.Generator, num_items: int) -> Lesson:
+        """Numbers by what is wanted, in the words of a recommender's reply, many to a list."""
+        titles = draw_titles(num_items, rng)
+        answers: list[tuple[str, bool]] = []
         for i in rng.integers(num_items, size=6):
-            (style, genre), drawn = kinds[i], rng.random()
-            if drawn < partial_rate:
-                which = int(rng.integers(2))
-                found = next(j for j, other in enumerate(kinds) if other[which] == kinds[i][which])
-                wanted = kinds[i][which]
-            else:
-                style = personas.POPULAR if drawn < partial_rate + popular_rate else style
-                found = personas.choose(titles, style, genre, set())
-                wanted = f"{style} {genre}"
+            style, genre = kind(titles[i])
+            if rng.random() < 0.25:
+                style = personas.POPULAR
+            found = personas.choose(titles, style, genre, set())
             answers += [
-                (f"Reason: likes {wanted}.\nItem:", False),
+                (f"Reason: likes {style} {genre}.\nItem:", False),
                 (f" {found + 1}", True),
-                (f". {titles[found]}", rng.random() < title_rate),
-                ("\n", False),
+                (f". {titles[found]}\n", False),
             ]
         return self._drill("Candidates: " + numbered(titles, "; "), *answers)
 
@@ -258,55 +251,56 @@ Draw = Callable[[np.random.Generator], list[Lesson]]
 
 
 class Curriculum:
-    """Which lessons come when: reading titles, then finding them in lists that grow with success, then conversations.
+    """Which lessons come when: finding titles in lists that grow with success, then conversations.
 
-    A model this small sits on a plateau if it is given long lists before it can find things in short ones, or all kinds
-    of lessons at once (docs/log.md has the figures).
+    A model this small sits on a long plateau before it can find things in a list at all. It leaves it soonest with
+    short lists and many short queries; long lists, or all kinds of lessons at once, kept it there (docs/log.md has the
+    figures).
     """
 
-    READING = 0.18
-    """Share of the pretraining for the first part."""
     FINDING = 0.6
-    """Where conversations begin at the latest."""
+    """Share of the pretraining at which conversations begin at the latest."""
 
     def __init__(self, maker: LessonMaker):
         self.maker = maker
         self.longest = 3
-        """Items in the longest list of a retrieval lesson."""
-        self.finds_all = False
+        """Items in the longest list of a lesson."""
+        self.copies, self.finds_all = False, False
 
-    def grow(self, progress: float, share_found: float) -> None:
+    def grow(self, share_found: float, share_copied: float) -> None:
         """Make lists longer once most items of the present length are found."""
-        if progress < self.READING or share_found < 0.75:
-            return
-        self.finds_all = self.finds_all or self.longest == self.maker.num_candidates
-        self.longest = min(self.longest + 1, self.maker.num_candidates)
+        self.copies = share_copied > 0.9
+        if share_found > 0.75:
+            self.finds_all = self.finds_all or self.longest == self.maker.num_candidates
+            self.longest = min(self.longest + 1, self.maker.num_candidates)
 
     def kinds(self, progress: float) -> list[tuple[float, Draw]]:
         """Kinds of lessons with their weights at this share (0 to 1) of the pretraining."""
         maker = self.maker
 
-        def find(longest: int, **rates: float) -> Draw:
-            return lambda rng: [maker.retrieval(rng, int(rng.integers(2, longest + 1)), **rates)]
+        def lists(lesson: Callable[[np.random.Generator, int], Lesson]) -> Draw:
+            return lambda rng: [
+                lesson(rng, self.longest if rng.random() < 0.5 else int(rng.integers(2, self.longest + 1)))
+            ]
 
-        reading: list[tuple[float, Draw]] = [
-            (0.1, lambda rng: [maker.kinds(rng)]),
-            (0.15, lambda rng: [maker.taste(rng)]),
-            (0.25, lambda rng: [maker.matches(rng)]),
+        words: list[tuple[float, Draw]] = [
+            (0.12, lambda rng: [maker.kinds(rng)]),
+            (0.08, lambda rng: [maker.taste(rng)]),
         ]
-        if progress < self.READING:
-            longest = min(maker.num_candidates, 3 + int(progress * 30))
-            return [*reading, (0.5, find(longest, title_rate=1.0, popular_rate=0.0, partial_rate=0.0))]
         if progress < self.FINDING and not self.finds_all:
-            lists = find(self.longest, title_rate=0.1, popular_rate=0.0, partial_rate=0.5)
+            copying = 0.1 if self.copies else 0.4
+            matching = 0.1 if self.longest > 4 else 0.0
             return [
-                *[(0.4 * weight, draw) for weight, draw in reading],
-                (0.12, lambda rng: [maker.copying(rng)]),
-                (0.68, lists),
+                *words,
+                (copying, lists(maker.copying)),
+                (0.8 - copying - matching, lists(maker.retrieval)),
+                (matching, lambda rng: [maker.matches(rng)]),
             ]
         return [
-            *[(0.3 * weight, draw) for weight, draw in reading],
-            (0.25, find(maker.num_candidates, title_rate=0.3, popular_rate=0.2, partial_rate=0.1)),
-            (0.4, maker.conversation),
-            (0.2, lambda rng: [maker.reference(rng)]),
+            *[(0.4 * weight, draw) for weight, draw in words],
+            (0.07, lambda rng: [maker.matches(rng)]),
+            (0.1, lists(maker.retrieval)),
+            (0.2, lists(maker.recommending)),
+            (0.36, maker.conversation),
+            (0.19, lambda rng: [maker.reference(rng)]),
         ]

@@ -45,9 +45,7 @@ def play(episode: Episode, *replies: str | Reply) -> list[Reply]:
 def two_turns(game: GameConfig = GAME) -> tuple[Episode, list[Reply]]:
     """A wrong item that the user accepts, then the right one, clicked."""
     episode = an_episode(game)
-    replies = play(
-        episode, recommend(1, "Gamma"), judge("star", "0.60"), recommend(2, "Delta"), judge("click", "0.90")
-    )
+    replies = play(episode, recommend(1, "Gamma"), judge("star", "0.60"), recommend(2, "Delta"), judge("click", "0.90"))
     return episode, replies
 
 

@@ -11,7 +11,7 @@ from coars_fast.config import GameConfig, WorldConfig
 from coars_fast.data.world import GENRES, STYLES, fashion, kind, make_world
 from coars_fast.errors import ConfigError
 from coars_fast.game import personas
-from coars_fast.game.lessons import LessonMaker, curriculum
+from coars_fast.game.lessons import Curriculum, LessonMaker
 from coars_fast.game.prompts import parse_judgement, parse_recommendation
 from coars_fast.game.template import TextCodec, make_template
 from coars_fast.model.tokenizer import train_tokenizer
@@ -100,11 +100,25 @@ def maker() -> LessonMaker:
 @pytest.mark.parametrize("progress", [0.0, 0.3, 1.0])
 def test_every_kind_of_lesson_marks_answers_that_have_a_context(maker: LessonMaker, progress: float) -> None:
     rng = np.random.default_rng(1)
-    for weight, draw in curriculum(maker, progress):
+    for weight, draw in Curriculum(maker).kinds(progress):
         assert weight >= 0
         for lesson in draw(rng):
             assert len(lesson.tokens) == len(lesson.is_answer)
             assert any(lesson.is_answer) and not lesson.is_answer[0]
+
+
+def test_lists_grow_with_success_and_conversations_begin_once_everything_is_found(maker: LessonMaker) -> None:
+    curriculum = Curriculum(maker)
+    talk = len(Curriculum(maker).kinds(1.0))
+    for _ in range(20):
+        before = curriculum.longest
+        curriculum.grow(0.5, 0.0)
+        assert curriculum.longest == before, "too little was found"
+        assert len(curriculum.kinds(0.1)) < talk
+    for _ in range(maker.num_candidates):
+        curriculum.grow(0.9, 1.0)
+    assert curriculum.longest == maker.num_candidates
+    assert len(curriculum.kinds(0.1)) == talk
 
 
 def test_a_conversation_lesson_learns_exactly_the_replies(maker: LessonMaker) -> None:
