@@ -104,7 +104,7 @@ def skill_report(decoder: Decoder, curriculum: Curriculum) -> str:
         "talk": lambda: maker.conversation(rng),
         "note": lambda: [maker.reference(rng)],
     }
-    found = share_right(decoder, lambda rng: maker.retrieval(rng, size), 98)
+    found = share_right(decoder, lambda rng: maker.retrieval(rng, size, partial_rate=0.0), 98)
     recommended = share_right(decoder, lambda rng: maker.recommending(rng, size), 97)
     return f"lists of {curriculum.longest}; of {size} finds {found:.2f} recommends {recommended:.2f}; " + " ".join(
         f"{name} {lesson_logp(decoder, [lesson for _ in range(16) for lesson in draw()]).mean().exp():.2f}"
@@ -146,7 +146,7 @@ def pretrain(config: PretrainConfig) -> None:
 
     def progress(step: int, loss: float) -> None:
         if step % 50 == 49:
-            found = share_right(decoder, lambda rng: maker.retrieval(rng, curriculum.longest), step)
+            found = share_right(decoder, lambda rng: maker.retrieval(rng, curriculum.longest, partial_rate=0.0), step)
             copied = share_right(decoder, lambda rng: maker.copying(rng, curriculum.longest), step)
             curriculum.grow(found, copied)
         if step % 100 == 0 or step == config.num_steps - 1:

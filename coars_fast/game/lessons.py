@@ -70,14 +70,16 @@ class LessonMaker:
             answers += [(f" {i + 1}.", False), (f" {titles[i]}", True), (";", False)]
         return self._drill("Candidates: " + numbered(titles, "; "), *answers)
 
-    def retrieval(self, rng: np.random.Generator, num_items: int) -> Lesson:
-        """Numbers by what a title is (style and genre, or one of them alone), many to a list. Of several that fit, the
-        first is right."""
+    def retrieval(self, rng: np.random.Generator, num_items: int, *, partial_rate: float = 0.5) -> Lesson:
+        """Numbers by what a title is (style and genre, or at `partial_rate` one of them alone), many to a list. Of
+        several that fit, the first is right."""
         titles = draw_titles(num_items, rng)
         kinds = [kind(title) for title in titles]
         answers: list[tuple[str, bool]] = []
         for i in rng.integers(num_items, size=16):
-            wanted = [{0, 1}, {1}, {0}][int(rng.choice(3, p=(0.5, 0.3, 0.2)))]
+            wanted = [{0, 1}, {1}, {0}][
+                int(rng.choice(3, p=(1 - partial_rate, 0.6 * partial_rate, 0.4 * partial_rate)))
+            ]
             found = next(j for j, other in enumerate(kinds) if all(other[w] == kinds[i][w] for w in wanted))
             query = " ".join(kinds[i][w] for w in sorted(wanted))
             answers += [(f" {query}", False), (f" {found + 1}", True), (";", False)]
@@ -270,7 +272,7 @@ class Curriculum:
     def grow(self, share_found: float, share_copied: float) -> None:
         """Make lists longer once most items of the present length are found."""
         self.copies = share_copied > 0.9
-        if share_found > 0.75:
+        if share_found > 0.72:
             self.finds_all = self.finds_all or self.longest == self.maker.num_candidates
             self.longest = min(self.longest + 1, self.maker.num_candidates)
 
