@@ -149,6 +149,9 @@ def pretrain(config: PretrainConfig) -> None:
             found = share_right(decoder, lambda rng: maker.retrieval(rng, curriculum.longest, partial_rate=0.0), step)
             copied = share_right(decoder, lambda rng: maker.copying(rng, curriculum.longest), step)
             curriculum.grow(found, copied)
+        if step % 250 == 249 or step == config.num_steps - 1:  # a run that is cut short leaves what it learned
+            tokenizer.save_pretrained(config.out)
+            save_decoder(decoder, config.out)
         if step % 100 == 0 or step == config.num_steps - 1:
             seconds = time.monotonic() - started
             print(f"step {step:5d} {seconds:5.0f} s  loss {loss:.3f}  {skill_report(decoder, curriculum)}", flush=True)
@@ -161,8 +164,6 @@ def pretrain(config: PretrainConfig) -> None:
         schedule=cosine(hold=0.6),
         progress=progress,
     )
-    tokenizer.save_pretrained(config.out)
-    save_decoder(decoder, config.out)
 
 
 @main_guard
