@@ -21,7 +21,7 @@ import torch
 from coars_fast.cli import main_guard, parse
 from coars_fast.config import GameConfig
 from coars_fast.data.records import Lesson
-from coars_fast.data.world import GENRES, STYLES
+from coars_fast.data.world import GENRES, KINDS, NOUNS, STYLES
 from coars_fast.game.lessons import Curriculum, LessonMaker
 from coars_fast.game.personas import SCORES
 from coars_fast.game.prompts import BRIEF
@@ -38,7 +38,7 @@ class PretrainConfig:
 
     out: str
     """Folder to write (Hugging Face layout)."""
-    num_steps: int = 6000
+    num_steps: int = 5000
     """Optimizer steps."""
     tokens_per_step: int = 2500
     """About this many tokens a step."""
@@ -48,7 +48,7 @@ class PretrainConfig:
     """Width."""
     num_layers: int = 3
     """Layers."""
-    vocab_size: int = 704
+    vocab_size: int = 1280
     """Entries of the tokenizer, 256 of them bytes."""
     seed: int = 2604
     """Draws worlds, lessons and initial weights."""
@@ -56,7 +56,7 @@ class PretrainConfig:
 
 def lexicon_texts() -> list[str]:
     """What the tokenizer is trained on: every word of the world and of the prompts."""
-    words = [w for group in (STYLES, GENRES) for name, ws in group.items() for w in (name, *ws)]
+    words = [*STYLES, *GENRES, *KINDS, *NOUNS]
     prompts = [str(v) for v in vars(BRIEF).values()]
     texts = [f" {a}" for a in words] * 20 + prompts * 20
     texts += [f"Score: {s:.2f}" for ss in SCORES.values() for s in ss] * 200
@@ -104,7 +104,7 @@ def skill_report(decoder: Decoder, curriculum: Curriculum) -> str:
         "talk": lambda: maker.conversation(rng),
         "note": lambda: [maker.reference(rng)],
     }
-    found = share_right(decoder, lambda rng: maker.retrieval(rng, size, partial_rate=0.0), 98)
+    found = share_right(decoder, lambda rng: maker.retrieval(rng, size), 98)
     recommended = share_right(decoder, lambda rng: maker.recommending(rng, size), 97)
     return f"lists of {curriculum.longest}; of {size} finds {found:.2f} recommends {recommended:.2f}; " + " ".join(
         f"{name} {lesson_logp(decoder, [lesson for _ in range(16) for lesson in draw()]).mean().exp():.2f}"
@@ -146,9 +146,7 @@ def pretrain(config: PretrainConfig) -> None:
 
     def progress(step: int, loss: float) -> None:
         if step % 50 == 49:
-            found = share_right(decoder, lambda rng: maker.retrieval(rng, curriculum.longest, partial_rate=0.0), step)
-            copied = share_right(decoder, lambda rng: maker.copying(rng, curriculum.longest), step)
-            curriculum.grow(found, copied)
+            curriculum.grow(share_right(decoder, lambda rng: maker.recommending(rng, curriculum.longest), step))
         if step % 250 == 249 or step == config.num_steps - 1:  # a run that is cut short leaves what it learned
             tokenizer.save_pretrained(config.out)
             save_decoder(decoder, config.out)

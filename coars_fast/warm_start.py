@@ -16,7 +16,7 @@ from coars_fast.config import Config
 from coars_fast.data.records import Lesson, Task
 from coars_fast.data.tasks import TaskSource
 from coars_fast.game.episode import RECOMMENDER, USER, Episode, Reply
-from coars_fast.game.prompts import format_judgement, format_recommendation
+from coars_fast.game.prompts import format_judgement, format_recommendation, name_item
 from coars_fast.game.reference import branch
 from coars_fast.learn.supervised import cosine, fine_tune
 from coars_fast.model.decoder import Decoder
@@ -76,8 +76,8 @@ def conversation(episode: Episode, rng: np.random.Generator) -> list[tuple[int, 
         wrong = int(rng.choice([i for i in range(len(task.candidates)) if i != right]))
         shown.insert(0, wrong)
     for choice in shown:
-        title = episode.candidate_titles[choice]
-        episode.receive(_reply(episode, format_recommendation("fits the history.", choice + 1, title)))
+        item = name_item(episode.prompts, choice + 1, episode.candidate_titles[choice])
+        episode.receive(_reply(episode, format_recommendation("fits the history.", item)))
         episode.receive(_reply(episode, judgement_text(choice == right, rng)))
     if rng.random() < REFERENCE_RATE:
         return [(agent, _after_reference(episode, agent)) for agent in (RECOMMENDER, USER)]

@@ -15,7 +15,8 @@ from coars_fast.data.records import Task
 from coars_fast.game.prompts import (
     PROMPTS,
     Judgement,
-    numbered,
+    list_items,
+    name_item,
     one_line,
     parse_judgement,
     parse_recommendation,
@@ -90,7 +91,7 @@ class Episode:
         self.candidate_titles = [one_line(titles[i]) for i in task.candidates]
         self.turns: list[Turn] = []
         prompts, history = self.prompts, history_text(task.history, titles, config)
-        candidates = numbered(self.candidate_titles, prompts.item_separator)
+        candidates = list_items(prompts, self.candidate_titles)
         first = prompts.first_rec.format(history=history, candidates=candidates)
         self.views = (
             View([*template.bos, *self._message("system", prompts.system_rec), *self._message("user", first)]),
@@ -219,7 +220,8 @@ def judgement_prompt(
     config: GameConfig,
 ) -> list[int]:
     """Tokens of a user agent's view that is asked about one item outside a conversation (F1-disc)."""
-    message = PROMPTS[config.prompts].neutral_rec.format(title=one_line(titles[item]))
+    prompts = PROMPTS[config.prompts]
+    message = prompts.neutral_rec.format(item=name_item(prompts, 1, one_line(titles[item])))
     message += peers_text(peer_count, num_peers, config)
     return [
         *user_prompt(history_text(history, titles, config), codec, template, config),

@@ -15,7 +15,7 @@ from coars_fast.data.records import Lesson, Task
 from coars_fast.data.world import GENRES, MATCH_RATES, STYLES, draw_titles, kind
 from coars_fast.game import personas
 from coars_fast.game.episode import RECOMMENDER, Episode, Reply, Turn
-from coars_fast.game.prompts import format_recommendation, numbered, parse_recommendation
+from coars_fast.game.prompts import format_recommendation, parse_recommendation
 from coars_fast.game.reference import branch
 from coars_fast.game.rewards import TurnReward
 from coars_fast.game.template import TextCodec, TokenTemplate
@@ -62,31 +62,21 @@ class LessonMaker:
         titles = draw_titles(int(rng.integers(3, 9)), rng)
         return self._drill("Kinds: " + "; ".join(titles), (" " + "; ".join(" ".join(kind(t)) for t in titles), True))
 
-    def copying(self, rng: np.random.Generator, num_items: int) -> Lesson:
-        """Titles by their number, many to a list."""
-        titles = draw_titles(num_items, rng)
-        answers: list[tuple[str, bool]] = []
-        for i in rng.integers(num_items, size=16):
-            answers += [(f" {i + 1}.", False), (f" {titles[i]}", True), (";", False)]
-        return self._drill("Candidates: " + numbered(titles, "; "), *answers)
-
-    def retrieval(self, rng: np.random.Generator, num_items: int, *, partial_rate: float = 0.5) -> Lesson:
-        """Numbers by what a title is (style and genre, or at `partial_rate` one of them alone), many to a list. Of
-        several that fit, the first is right."""
+    def retrieval(self, rng: np.random.Generator, num_items: int) -> Lesson:
+        """Titles in a list by what they are (style and genre, or one of them alone), many queries to a list. Of several
+        that fit, the first is right."""
         titles = draw_titles(num_items, rng)
         kinds = [kind(title) for title in titles]
         answers: list[tuple[str, bool]] = []
-        for i in rng.integers(num_items, size=16):
-            wanted = [{0, 1}, {1}, {0}][
-                int(rng.choice(3, p=(1 - partial_rate, 0.6 * partial_rate, 0.4 * partial_rate)))
-            ]
+        for i in rng.integers(num_items, size=10):
+            wanted = [{0, 1}, {1}, {0}][int(rng.choice(3, p=(0.7, 0.2, 0.1)))]
             found = next(j for j, other in enumerate(kinds) if all(other[w] == kinds[i][w] for w in wanted))
             query = " ".join(kinds[i][w] for w in sorted(wanted))
-            answers += [(f" {query}", False), (f" {found + 1}", True), (";", False)]
-        return self._drill("Candidates: " + numbered(titles, "; "), *answers)
+            answers += [(f" {query}:", False), (f" {titles[found]}", True), (";", False)]
+        return self._drill("Candidates: " + "; ".join(titles), *answers)
 
     def recommending(self, rng: np.random.Generator, num_items: int) -> Lesson:
-        """Numbers by what is wanted, in the words of a recommender's reply, many to a list."""
+        """Titles by what is wanted, in the words of a recommender's reply, many to a list."""
         titles = draw_titles(num_items, rng)
         answers: list[tuple[str, bool]] = []
         for i in rng.integers(num_items, size=6):
@@ -94,12 +84,8 @@ class LessonMaker:
             if rng.random() < 0.25:
                 style = personas.POPULAR
             found = personas.choose(titles, style, genre, set())
-            answers += [
-                (f"Reason: likes {style} {genre}.\nItem:", False),
-                (f" {found + 1}", True),
-                (f". {titles[found]}\n", False),
-            ]
-        return self._drill("Candidates: " + numbered(titles, "; "), *answers)
+            answers += [(f"Reason: likes {style} {genre}.\nItem:", False), (f" {titles[found]}", True), ("\n", False)]
+        return self._drill("Candidates: " + "; ".join(titles), *answers)
 
     def taste(self, rng: np.random.Generator) -> Lesson:
         """What a history says about its user."""
@@ -182,7 +168,7 @@ class LessonMaker:
             agent, text, genuine = episode.waiting, self._speak(episode, rng), True
             if agent == RECOMMENDER and rng.random() < RANDOM_RATE:
                 index, genuine = int(rng.integers(self.num_candidates)), False
-                text = format_recommendation(_random_reason(rng), index + 1, episode.candidate_titles[index])
+                text = format_recommendation(_random_reason(rng), episode.candidate_titles[index])
             learned[agent].append(genuine)
             episode.receive(self._reply(text))
         lessons = []
@@ -211,8 +197,7 @@ class LessonMaker:
             assert named is not None
             turn = Turn(len(episode.turns) + 1, "", None, hit=episode.task.candidates[named] == episode.task.target)
             style, genre = kind(truth)
-            number = episode.candidate_titles.index(truth) + 1
-            answer = format_recommendation(f"likes {style} {genre}.", number, truth)
+            answer = format_recommendation(f"likes {style} {genre}.", truth)
         else:
             turn = episode.turns[-1]
             assert turn.item is not None
@@ -253,25 +238,22 @@ Draw = Callable[[np.random.Generator], list[Lesson]]
 
 
 class Curriculum:
-    """Which lessons come when: finding titles in lists that grow with success, then conversations.
+    """Which lessons come when: reading titles and finding them in lists that grow with success, then conversations.
 
-    A model this small sits on a long plateau before it can find things in a list at all. It leaves it soonest with
-    short lists and many short queries; long lists, or all kinds of lessons at once, kept it there (docs/log.md has the
-    figures).
+    Short lists first: a model this small sits on a long plateau otherwise (docs/log.md has the figures).
     """
 
-    FINDING = 0.6
+    FINDING = 0.45
     """Share of the pretraining at which conversations begin at the latest."""
 
     def __init__(self, maker: LessonMaker):
         self.maker = maker
         self.longest = 3
         """Items in the longest list of a lesson."""
-        self.copies, self.finds_all = False, False
+        self.finds_all = False
 
-    def grow(self, share_found: float, share_copied: float) -> None:
+    def grow(self, share_found: float) -> None:
         """Make lists longer once most items of the present length are found."""
-        self.copies = share_copied > 0.9
         if share_found > 0.72:
             self.finds_all = self.finds_all or self.longest == self.maker.num_candidates
             self.longest = min(self.longest + 1, self.maker.num_candidates)
@@ -285,24 +267,17 @@ class Curriculum:
                 lesson(rng, self.longest if rng.random() < 0.5 else int(rng.integers(2, self.longest + 1)))
             ]
 
-        words: list[tuple[float, Draw]] = [
+        skills: list[tuple[float, Draw]] = [
             (0.12, lambda rng: [maker.kinds(rng)]),
-            (0.08, lambda rng: [maker.taste(rng)]),
+            (0.1, lambda rng: [maker.taste(rng)]),
+            (0.13, lambda rng: [maker.matches(rng)]),
+            (0.4, lists(maker.retrieval)),
+            (0.25, lists(maker.recommending)),
         ]
         if progress < self.FINDING and not self.finds_all:
-            copying = 0.1 if self.copies else 0.4
-            matching = 0.1 if self.longest > 4 else 0.0
-            return [
-                *words,
-                (copying, lists(maker.copying)),
-                (0.8 - copying - matching, lists(maker.retrieval)),
-                (matching, lambda rng: [maker.matches(rng)]),
-            ]
+            return skills
         return [
-            *[(0.4 * weight, draw) for weight, draw in words],
-            (0.07, lambda rng: [maker.matches(rng)]),
-            (0.1, lists(maker.retrieval)),
-            (0.2, lists(maker.recommending)),
-            (0.36, maker.conversation),
-            (0.19, lambda rng: [maker.reference(rng)]),
+            *[(0.4 * weight, draw) for weight, draw in skills],
+            (0.4, maker.conversation),
+            (0.2, lambda rng: [maker.reference(rng)]),
         ]

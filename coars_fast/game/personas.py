@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from coars_fast.data.world import fashion, kind
-from coars_fast.game.prompts import format_judgement, format_recommendation
+from coars_fast.game.prompts import BRIEF, format_judgement, format_recommendation, name_item
 
 POPULAR = "popular"
 POPULAR_RATE = 0.7
@@ -69,7 +69,7 @@ def recommend(
     if rng.random() < popular_rate:
         style = POPULAR
     index = choose(candidates, style, genre, tried)
-    return format_recommendation(f"likes {style} {genre}.", index + 1, candidates[index])
+    return format_recommendation(f"likes {style} {genre}.", name_item(BRIEF, index + 1, candidates[index]))
 
 
 def fits(history: Sequence[str], title: str) -> tuple[bool, bool]:

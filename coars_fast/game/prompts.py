@@ -28,6 +28,8 @@ class PromptSet:
     system_rec: str
     first_rec: str
     system_user: str
+    item: str
+    """How a candidate is listed and how a recommender names it."""
     item_separator: str
     history_separator: str
     peers: str
@@ -41,13 +43,14 @@ BRIEF = PromptSet(
     system_rec="Recommend one item.",
     first_rec="History: {history}\nCandidates: {candidates}",
     system_user="Judge the item.\nHistory: {history}",
+    item="{title}",  # a small model copies a title easily, and finds its number hardly at all (docs/log.md)
     item_separator="; ",
     history_separator="; ",
     peers="\nPeers: {count} of {num}",
     invalid_rec="Invalid reply.",
     reference_rec="Note: {verdict}, the user took {item}",
     reference_user="Note: the user {took} {item}, so {action}.",
-    neutral_rec="Reason: try this.\nItem: 1. {title}",
+    neutral_rec="Reason: try this.\nItem: {item}",
 )
 
 FULL = PromptSet(
@@ -64,6 +67,7 @@ FULL = PromptSet(
         "0.75-1.00. Reply in exactly this format:\nReason: <one sentence>\nAction: <click|star|skip|dislike>\n"
         "Score: <0.00-1.00>\n\nYour history, oldest first:\n{history}"
     ),
+    item="{number}. {title}",
     item_separator="\n",
     history_separator="\n",
     peers="\n\n({count} of {num} users with a similar taste chose this item.)",
@@ -76,14 +80,19 @@ FULL = PromptSet(
         "Hindsight, for this answer only. The answer given was:\n{transcript}\nThe user {took} {item}, so the correct "
         "answer ends with:\nAction: {action}"
     ),
-    neutral_rec="Reason: You may like this one.\nItem: 1. {title}",
+    neutral_rec="Reason: You may like this one.\nItem: {item}",
 )
 PROMPTS = {"brief": BRIEF, "full": FULL}
 
 
-def numbered(titles: Sequence[str], separator: str) -> str:
-    """`1. A; 2. B; ...`"""
-    return separator.join(f"{n}. {title}" for n, title in enumerate(titles, start=1))
+def name_item(prompts: PromptSet, number: int, title: str) -> str:
+    """A candidate as these prompts name it, by its number (from 1) and title or by its title alone."""
+    return prompts.item.format(number=number, title=title)
+
+
+def list_items(prompts: PromptSet, titles: Sequence[str]) -> str:
+    """The candidates as these prompts list them."""
+    return prompts.item_separator.join(name_item(prompts, n, title) for n, title in enumerate(titles, start=1))
 
 
 def one_line(text: str) -> str:
@@ -96,8 +105,9 @@ def normal(title: str) -> str:
     return " ".join(re.findall(r"\w+", title.lower()))
 
 
-def format_recommendation(reason: str, number: int, title: str) -> str:
-    return f"Reason: {reason}\nItem: {number}. {title}"
+def format_recommendation(reason: str, item: str) -> str:
+    """A recommender's reply; `item` as `name_item` writes it."""
+    return f"Reason: {reason}\nItem: {item}"
 
 
 def format_judgement(reason: str, action: Action, score: float) -> str:
@@ -111,13 +121,16 @@ def last_field(text: str, name: str) -> str | None:
 
 
 def parse_recommendation(text: str, titles: Sequence[str]) -> int | None:
-    """Index of the candidate that a recommender's reply names: by number, then by normalised title; else None.
+    """Index of the candidate that a recommender's reply names: by its whole title, by number, or by the normalised
+    title after a number; else None.
 
     The last line that starts with `Item:` counts.
     """
     named = last_field(text, "Item")
     if named is None:
         return None
+    if named in titles and not named.isdigit():  # "21. Jump Street" may be a title
+        return list(titles).index(named)
     number = re.match(r"(\d{1,6})(?!\d)\s*(?:[.):]|$)", named)
     if number and 1 <= int(number[1]) <= len(titles):
         return int(number[1]) - 1

@@ -8,7 +8,7 @@ never writes one, and no ground truth reaches a student's sequence.
 from __future__ import annotations
 
 from coars_fast.game.episode import RECOMMENDER, Episode, Turn
-from coars_fast.game.prompts import one_line
+from coars_fast.game.prompts import name_item, one_line
 
 
 def write_reference(episode: Episode, turn: Turn, agent: int) -> str:
@@ -17,7 +17,7 @@ def write_reference(episode: Episode, turn: Turn, agent: int) -> str:
     if agent == RECOMMENDER:
         truth = one_line(titles[task.target])
         if task.target in task.candidates:
-            truth = f"{task.candidates.index(task.target) + 1}. {truth}"
+            truth = name_item(prompts, task.candidates.index(task.target) + 1, truth)
         verdict = "right" if turn.hit else "wrong"
         return prompts.reference_rec.format(verdict=verdict, item=truth, transcript=turn.rec_text)
     assert turn.item is not None, "a user speaks only about a valid item"
