@@ -180,7 +180,7 @@ class TrainConfig:
     """Episodes of the same user and target within a step."""
     minibatches: int = 1
     """Updates per step, each on its share of the episodes."""
-    learning_rate: float = 4e-4
+    learning_rate: float = 4e-3
     """AdamW's learning rate of the recommender's adapter."""
     user_learning_rate_factor: float = 1.0
     """The user agent's learning rate is this times the recommender's."""

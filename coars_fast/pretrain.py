@@ -38,7 +38,7 @@ class PretrainConfig:
 
     out: str
     """Folder to write (Hugging Face layout)."""
-    num_steps: int = 5000
+    num_steps: int = 5500
     """Optimizer steps."""
     tokens_per_step: int = 2500
     """About this many tokens a step."""

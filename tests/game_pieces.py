@@ -17,8 +17,8 @@ TASK = Task(
     user=0, history=(0, 1), target=3, candidates=(2, 3, 4), peer_counts=(1, 4, 0), num_peers=5, peer_similarity=0.5
 )
 TEXTS = [
-    "Reason: calm and about space.\nItem: 2. Delta",
-    "Reason: I like it.\nAction: click\nScore: 0.90\n\nHistory: Alpha; Beta\nCandidates: 1. Gamma",
+    "Reason: calm and about space.\nItem: Delta",
+    "Reason: I like it.\nAction: click\nScore: 0.90\n\nHistory: Alpha; Beta\nCandidates: Gamma; Delta",
     "system\nRecommend one item.\n\nuser\n\nassistant\n",
 ]
 # How the families cut text before BPE (their published tokenizer.json).
@@ -92,8 +92,9 @@ def say(episode: Episode, text: str, *, ended: bool = True) -> Reply:
     return Reply(ids, tuple(-n / 8 for n in range(len(ids))))
 
 
-def recommend(number: int, title: str) -> str:
-    return f"Reason: try it.\nItem: {number}. {title}"
+def recommend(item: str) -> str:
+    """A recommender's reply; `item` as the prompts name one: "Delta" in brief, "2. Delta" in full."""
+    return f"Reason: try it.\nItem: {item}"
 
 
 def judge(action: str, score: str) -> str:

@@ -45,7 +45,7 @@ from coars_fast.model.decoder import Decoder, DecoderConfig
 from coars_fast.model.load import save_decoder
 from coars_fast.model.lora import add_adapters
 from coars_fast.model.tokenizer import train_tokenizer
-from coars_fast.pretrain import lexicon_texts
+from coars_fast.pretrain import PretrainConfig, lexicon_texts
 
 GAME = GameConfig(max_turns=3)
 NUM_CANDIDATES, HISTORY_LENGTH = 5, 3
@@ -54,8 +54,8 @@ TITLES = tuple(draw_titles(40, np.random.default_rng(3)))
 
 @lru_cache(maxsize=1)
 def tokenizer() -> Any:
-    """ChatML byte-level BPE of 704 entries; it knows the world's words."""
-    return train_tokenizer(lexicon_texts(), 704)
+    """ChatML byte-level BPE as `tiny_base` has: every word of the world is one token."""
+    return train_tokenizer(lexicon_texts(), PretrainConfig(out="").vocab_size)
 
 
 @lru_cache(maxsize=1)

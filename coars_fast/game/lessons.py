@@ -62,6 +62,11 @@ class LessonMaker:
         titles = draw_titles(int(rng.integers(3, 9)), rng)
         return self._drill("Kinds: " + "; ".join(titles), (" " + "; ".join(" ".join(kind(t)) for t in titles), True))
 
+    def copying(self, rng: np.random.Generator, num_items: int) -> Lesson:
+        """A list again, word for word: titles of the same kind must not be mixed up."""
+        titles = "; ".join(draw_titles(num_items, rng))
+        return self._drill("Candidates: " + titles, (f" {titles};", True))
+
     def retrieval(self, rng: np.random.Generator, num_items: int) -> Lesson:
         """Titles in a list by what they are (style and genre, or one of them alone), many queries to a list. Of several
         that fit, the first is right."""
@@ -268,11 +273,12 @@ class Curriculum:
             ]
 
         skills: list[tuple[float, Draw]] = [
-            (0.12, lambda rng: [maker.kinds(rng)]),
+            (0.15, lambda rng: [maker.kinds(rng)]),
             (0.1, lambda rng: [maker.taste(rng)]),
-            (0.13, lambda rng: [maker.matches(rng)]),
-            (0.4, lists(maker.retrieval)),
-            (0.25, lists(maker.recommending)),
+            (0.1, lambda rng: [maker.matches(rng)]),
+            (0.15, lists(maker.copying)),
+            (0.3, lists(maker.retrieval)),
+            (0.2, lists(maker.recommending)),
         ]
         if progress < self.FINDING and not self.finds_all:
             return skills

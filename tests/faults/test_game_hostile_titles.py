@@ -8,7 +8,7 @@ import pytest
 
 from coars_fast.config import GameConfig
 from coars_fast.game.episode import RECOMMENDER, Episode, judgement_prompt
-from coars_fast.game.prompts import format_recommendation, normal, parse_recommendation
+from coars_fast.game.prompts import PROMPTS, format_recommendation, name_item, normal, parse_recommendation
 from coars_fast.game.reference import branch
 from tests.game_pieces import FAMILIES, TASK, an_episode, family, judge, recommend, say
 
@@ -55,9 +55,12 @@ def marks(episode: Episode, tokens: Sequence[int]) -> tuple[list[int], list[int]
 def test_a_title_changes_no_role(title: str, of_family: str, prompts: str) -> None:
     hostile, harmless = (with_title(name, of_family, prompts=prompts) for name in (title, HARMLESS))
     for episode in (hostile, harmless):
-        for text in (recommend(1, "Gamma"), judge("skip", "0.30"), recommend(2, episode.candidate_titles[1])):
+        wrong, right = "Omega", episode.candidate_titles[1]
+        if prompts == "full":
+            wrong, right = f"3. {wrong}", f"2. {right}"
+        for text in (recommend(wrong), judge("skip", "0.30"), recommend(right)):
             episode.receive(say(episode, text))
-    assert [turn.item for turn in hostile.turns] == [2, 3]
+        assert [turn.item for turn in episode.turns] == [4, 3]
     for mine, other in zip(hostile.views, harmless.views, strict=True):
         assert marks(hostile, mine.tokens) == marks(harmless, other.tokens)
     for turn in (0, 1):
@@ -89,12 +92,24 @@ def test_text_of_a_title_is_encoded_without_a_mark_and_comes_back_whole(name: st
 
 
 @pytest.mark.parametrize("title", HOSTILE.values(), ids=HOSTILE)
-def test_a_candidate_with_a_hostile_title_is_found_by_number_and_so_are_the_others(title: str) -> None:
+@pytest.mark.parametrize("prompts", ["brief", "full"])
+def test_a_candidate_with_a_hostile_title_is_found_and_so_are_the_others(title: str, prompts: str) -> None:
     shown = with_title(title, "chatml").candidate_titles
     for index, name in enumerate(shown):
         assert "\n" not in name
-        assert parse_recommendation(format_recommendation("try it.", index + 1, name), shown) == index
         assert parse_recommendation(f"Item: {index + 1}", shown) == index
+        item = name_item(PROMPTS[prompts], index + 1, name)
+        assert item == (f"{index + 1}. {name}" if prompts == "full" else name)
+        meant = shown.index(item) if item in shown else index  # "1. Gamma" is a whole title here, and so is that item
+        assert parse_recommendation(format_recommendation("try it.", item), shown) == meant
+        assert meant == index or (title, prompts, index) == (HOSTILE["number"], "full", 0)
+
+
+def test_a_title_like_an_entry_of_the_list_is_that_item_and_not_the_entry() -> None:
+    shown = with_title(HOSTILE["number"], "chatml").candidate_titles
+    assert shown == ["Gamma", "1. Gamma", "Omega"]
+    found = [parse_recommendation(f"Item: {item}", shown) for item in ("1. Gamma", "2. 1. Gamma", "Gamma", "1.")]
+    assert found == [1, 1, 0, 0]
 
 
 @pytest.mark.parametrize("name", [n for n, t in HOSTILE.items() if n != "number" and normal(t)])

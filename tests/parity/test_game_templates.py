@@ -85,13 +85,13 @@ JINJA = {"chatml": QWEN2, "qwen3": QWEN3, "llama3": LLAMA3, "plain": PLAIN}
 
 OPENING: list[tuple[Role, str]] = [
     ("system", "Recommend one item."),
-    ("user", "History: Alpha; Beta\nCandidates: 1. Gamma; 2. Delta (1995)"),
+    ("user", "History: Alpha; Beta\nCandidates: Gamma; Delta (1995)"),
 ]
 TALK: list[tuple[Role, str]] = [
     *OPENING,
-    ("assistant", recommend(1, "Gamma")),
+    ("assistant", recommend("Gamma")),
     ("user", judge("skip", "0.30")),
-    ("assistant", recommend(2, "Delta (1995)")),
+    ("assistant", recommend("2. Delta (1995)")),
     ("user", judge("dislike", "0.12")),
 ]
 
@@ -128,7 +128,7 @@ def test_a_conversation_is_the_family_s_own_token_for_token(of_family: str, leng
 
 @pytest.mark.parametrize("of_family", ["chatml", "llama3", "plain"])
 def test_a_reference_before_the_reply_is_a_system_message_that_the_family_knows(of_family: str) -> None:
-    talk = [*TALK, ("system", "Note: wrong, the user took 2. Delta")]
+    talk = [*TALK, ("system", "Note: wrong, the user took Delta (1995)")]
     assert ours(of_family, talk) == published(of_family, talk)
 
 
@@ -155,12 +155,12 @@ def test_the_views_of_a_played_episode_are_the_family_s_conversation(of_family: 
     """Replies encoded as the tokenizer would encode them: then the views are what the chat template writes."""
     episode = an_episode(GameConfig(max_turns=3), of_family=of_family)
     codec, template = episode.codec, episode.template
-    texts = [recommend(1, "Gamma"), judge("skip", "0.30"), recommend(3, "Omega")]
+    texts = [recommend("Gamma"), judge("skip", "0.30"), recommend("Omega")]
     for text in texts:
         ids = (*codec.encode(text), template.end_of_turn)
         episode.receive(Reply(ids, (0.0,) * len(ids)))
     rec, user = texts[0], texts[1]
-    opening = "History: Alpha; Beta\nCandidates: 1. Gamma; 2. Delta; 3. Omega"
+    opening = "History: Alpha; Beta\nCandidates: Gamma; Delta; Omega"
     talks: dict[int, list[tuple[Role, str]]] = {
         RECOMMENDER: [
             ("system", "Recommend one item."), ("user", opening), ("assistant", rec), ("user", user),

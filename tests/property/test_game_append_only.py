@@ -25,7 +25,8 @@ def a_reply(draw: Any, of_family: str) -> tuple[list[int], int | None]:
     codec, template = family(of_family)
     kind = draw(KINDS)
     if kind == "good rec":
-        words = spelled(codec, recommend(draw(st.integers(0, 4)), draw(st.sampled_from(["Gamma", "Delta", "x"]))))
+        number = draw(st.sampled_from(["", "0. ", "1. ", "2. ", "3. ", "4. "]))
+        words = spelled(codec, recommend(number + draw(st.sampled_from(["Gamma", "Delta", "x", ""]))))
     elif kind == "good user":
         action = draw(st.sampled_from(["star", "skip", "dislike", "love"]))
         words = codec.encode(judge(action, draw(st.sampled_from(["0.10", "0.60", "-1", "7"]))))
@@ -34,9 +35,9 @@ def a_reply(draw: Any, of_family: str) -> tuple[list[int], int | None]:
     elif kind == "bytes":
         words = codec.encode(draw(st.binary(max_size=20)).decode("latin-1"))
     elif kind == "marks as text":
-        words = codec.encode(MARKS + recommend(2, "Delta") + MARKS)
+        words = codec.encode(MARKS + recommend("2. Delta") + MARKS)
     elif kind == "cut":
-        words = spelled(codec, recommend(2, "Delta"))[: draw(st.integers(0, 30))]
+        words = spelled(codec, recommend("Delta"))[: draw(st.integers(0, 30))]
     elif kind == "beyond the vocabulary":  # rows that pad an embedding have no text
         words = [len(codec.vocab) + draw(st.integers(0, 50)) for _ in range(3)]
     elif kind == "nothing":

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from coars_fast.config import GameConfig
 from coars_fast.data.records import TrainedTurn
 from coars_fast.game.episode import RECOMMENDER, USER, Episode, Reply, Span, judgement_prompt
+from coars_fast.game.prompts import FULL
 from coars_fast.game.trajectory import balance, trajectories
 from tests.game_pieces import TASK, TITLES, an_episode, family, judge, recommend, say
 
@@ -30,7 +32,7 @@ def message(role: str, ids: list[int]) -> list[int]:
 ASK = [START, *text("assistant\n")]
 REC_OPENING = [
     *message("system", text("Recommend one item.")),
-    *message("user", text("History: Alpha; Beta\nCandidates: 1. Gamma; 2. Delta; 3. Omega")),
+    *message("user", text("History: Alpha; Beta\nCandidates: Gamma; Delta; Omega")),
 ]
 USER_OPENING = message("system", text("Judge the item.\nHistory: Alpha; Beta"))
 
@@ -45,7 +47,7 @@ def play(episode: Episode, *replies: str | Reply) -> list[Reply]:
 def two_turns(game: GameConfig = GAME) -> tuple[Episode, list[Reply]]:
     """A wrong item that the user accepts, then the right one, clicked."""
     episode = an_episode(game)
-    replies = play(episode, recommend(1, "Gamma"), judge("star", "0.60"), recommend(2, "Delta"), judge("click", "0.90"))
+    replies = play(episode, recommend("Gamma"), judge("star", "0.60"), recommend("Delta"), judge("click", "0.90"))
     return episode, replies
 
 
@@ -59,7 +61,7 @@ def test_a_new_episode_waits_for_the_recommender_and_has_told_the_user_no_more_t
 def test_tokens_of_both_views_after_two_turns() -> None:
     episode, replies = two_turns()
     rec_1, user_1, rec_2, user_2 = (list(reply.ids[:-1]) for reply in replies)
-    assert rec_1 != text(recommend(1, "Gamma")), "the replies are spelled in tokens that encode() would not choose"
+    assert rec_1 != text(recommend("Gamma")), "the replies are spelled in tokens that encode() would not choose"
     assert episode.views[RECOMMENDER].tokens == [
         *REC_OPENING,
         *ASK, *rec_1, END, *text("\n"),
@@ -97,7 +99,7 @@ def test_turns_say_what_happened() -> None:
     first, second = episode.turns
     assert (first.number, first.item, first.hit, first.user_spoke) == (1, 2, False, True)
     assert (second.number, second.item, second.hit, second.user_spoke) == (2, 3, True, True)
-    assert first.rec_text == recommend(1, "Gamma") and first.user_text == judge("star", "0.60")
+    assert first.rec_text == recommend("Gamma") and first.user_text == judge("star", "0.60")
     assert first.judgement is not None and (first.judgement.action, first.judgement.score) == ("star", 0.6)
 
 
@@ -114,7 +116,7 @@ def test_trajectories_hold_views_rewards_weights_and_references() -> None:
     episode, replies = two_turns()
     rec, user = trajectories([episode], GAME)
     notes = {
-        RECOMMENDER: ("Note: wrong, the user took 2. Delta", "Note: right, the user took 2. Delta"),
+        RECOMMENDER: ("Note: wrong, the user took Delta", "Note: right, the user took Delta"),
         USER: ("Note: the user did not take Gamma, so dislike.", "Note: the user took Delta, so click."),
     }
     expected = {RECOMMENDER: ((0.0, 0.0), (0.475, 1.0)), USER: ((-0.198, 1.0), (0.768, 1.0))}
@@ -135,7 +137,7 @@ def test_trajectories_hold_views_rewards_weights_and_references() -> None:
 
 def test_hits_and_misses_of_the_user_count_equally_over_the_batch() -> None:
     missed = an_episode(GAME)
-    play(missed, recommend(1, "Gamma"), judge("skip", "0.30"), recommend(3, "Omega"), judge("dislike", "0.10"))
+    play(missed, recommend("Gamma"), judge("skip", "0.30"), recommend("Omega"), judge("dislike", "0.10"))
     batch = [two_turns()[0], missed]
     weights = [[t.weight for t in x.turns] for x in trajectories(batch, GAME) if x.agent == USER]
     # One hit and three misses: 4 / (2 * 1) and 4 / (2 * 3); together 2 and 2.
@@ -148,7 +150,7 @@ def test_hits_and_misses_of_the_user_count_equally_over_the_batch() -> None:
 def test_turns_excluded_for_both_take_no_part_in_the_balance() -> None:
     game = GameConfig(max_turns=2, exclude_accepted_misses="both")
     missed = an_episode(game)
-    play(missed, recommend(1, "Gamma"), judge("skip", "0.30"), recommend(3, "Omega"), judge("dislike", "0.10"))
+    play(missed, recommend("Gamma"), judge("skip", "0.30"), recommend("Omega"), judge("dislike", "0.10"))
     weights = [[t.weight for t in x.turns] for x in trajectories([two_turns(game)[0], missed], game) if x.agent == USER]
     # Learned from: one hit and two misses, 3 / (2 * 1) and 3 / (2 * 2).
     assert weights == [[0.0, 1.5], [0.75, 0.75]]
@@ -197,7 +199,7 @@ def test_an_episode_of_invalid_recommendations_gives_the_recommender_alone_a_tra
 
 def test_an_invalid_judgement_is_passed_on_and_costs_one() -> None:
     episode = an_episode(GAME)
-    rec, user = play(episode, recommend(2, "Delta"), "Action: click\nScore: maybe")
+    rec, user = play(episode, recommend("Delta"), "Action: click\nScore: maybe")
     turn = episode.turns[0]
     assert turn.hit and turn.judgement is None and turn.reward is not None
     # D = 1 in turn 1: .75; and no click, so the conversation goes on
@@ -211,7 +213,7 @@ def test_an_invalid_judgement_is_passed_on_and_costs_one() -> None:
 @pytest.mark.parametrize("closing", [None, ENDOFTEXT, START])
 def test_a_reply_that_was_cut_or_ended_otherwise_is_invalid_and_its_message_is_closed(closing: int | None) -> None:
     episode = an_episode(GAME)
-    words = list(say(episode, recommend(2, "Delta"), ended=False).ids)
+    words = list(say(episode, recommend("Delta"), ended=False).ids)
     ids = words if closing is None else [*words, closing]
     reply = Reply(tuple(ids), (-1.0,) * len(ids))
     assert not episode.is_valid(reply)
@@ -224,7 +226,7 @@ def test_a_reply_that_was_cut_or_ended_otherwise_is_invalid_and_its_message_is_c
 
 def test_a_cut_judgement_is_invalid_and_reaches_the_recommender_as_far_as_it_goes() -> None:
     episode = an_episode(GAME)
-    play(episode, recommend(1, "Gamma"))
+    play(episode, recommend("Gamma"))
     reply = say(episode, judge("click", "0.90"), ended=False)
     assert not episode.is_valid(reply)
     episode.receive(reply)
@@ -236,17 +238,64 @@ def test_a_cut_judgement_is_invalid_and_reaches_the_recommender_as_far_as_it_goe
 
 def test_an_episode_ends_at_a_click_even_on_a_wrong_item() -> None:
     episode = an_episode(GameConfig(max_turns=5))
-    play(episode, recommend(3, "Omega"), judge("click", "1.00"))
+    play(episode, recommend("Omega"), judge("click", "1.00"))
     assert episode.waiting is None and len(episode.turns) == 1 and not episode.turns[0].hit
 
 
 def test_without_peers_nothing_is_said_of_them() -> None:
     alone = an_episode(GAME, task=replace(TASK, num_peers=0, peer_counts=(0, 0, 0)))
-    (rec,) = play(alone, recommend(1, "Gamma"))
+    (rec,) = play(alone, recommend("Gamma"))
     assert alone.views[USER].tokens == [*USER_OPENING, *message("user", list(rec.ids[:-1])), *ASK]
 
 
 def test_a_judgement_outside_a_conversation_starts_from_the_same_opening() -> None:
     assert judgement_prompt((0, 1), 4, TITLES, 2, 5, CODEC, TEMPLATE, GAME) == [
-        *USER_OPENING, *message("user", text("Reason: try this.\nItem: 1. Omega\nPeers: 2 of 5")), *ASK,
+        *USER_OPENING, *message("user", text("Reason: try this.\nItem: Omega\nPeers: 2 of 5")), *ASK,
     ]  # fmt: skip
+
+
+FULL_GAME = GameConfig(max_turns=2, prompts="full")
+FULL_HISTORY = "oldest first:\nAlpha\nBeta"
+
+
+def test_the_full_prompts_list_and_name_items_by_number_and_title() -> None:
+    episode = an_episode(FULL_GAME)
+    replies = play(episode, recommend("1. Gamma"), judge("star", "0.60"), recommend("2. Delta"), judge("click", "0.90"))
+    assert [(turn.item, turn.hit) for turn in episode.turns] == [(2, False), (3, True)]
+    rec_1, user_1, rec_2, user_2 = (list(reply.ids[:-1]) for reply in replies)
+    assert episode.views[RECOMMENDER].tokens == [
+        *message("system", text(FULL.system_rec)),
+        *message(
+            "user", text(f"The user's history, {FULL_HISTORY}\n\nCandidates:\n1. Gamma\n2. Delta\n3. Omega")
+        ),
+        *ASK, *rec_1, END, *text("\n"),
+        *message("user", user_1),
+        *ASK, *rec_2, END, *text("\n"),
+    ]  # fmt: skip
+    system_user = FULL.system_user.partition("Your history, oldest first:")[0]
+    peers = "\n\n({} of 5 users with a similar taste chose this item.)"
+    assert episode.views[USER].tokens == [
+        *message("system", text(f"{system_user}Your history, {FULL_HISTORY}")),
+        *message("user", [*rec_1, *text(peers.format(1))]),
+        *ASK, *user_1, END, *text("\n"),
+        *message("user", [*rec_2, *text(peers.format(4))]),
+        *ASK, *user_2, END, *text("\n"),
+    ]  # fmt: skip
+
+
+def test_the_full_prompts_say_what_was_wrong_and_ask_about_one_item_by_number() -> None:
+    episode = an_episode(FULL_GAME)
+    (reply,) = play(episode, recommend("4. Zeta"))
+    invalid = message("user", text("The reply was not in the required format, or named no candidate."))
+    assert episode.views[RECOMMENDER].tokens[-len([*invalid, *ASK]) :] == [*invalid, *ASK]
+    asked = judgement_prompt((0, 1), 4, TITLES, 2, 5, CODEC, TEMPLATE, FULL_GAME)
+    question = "Reason: You may like this one.\nItem: 1. Omega\n\n(2 of 5 users with a similar taste chose this item.)"
+    assert asked == [*episode.views[USER].tokens, *message("user", text(question)), *ASK]
+
+
+@pytest.mark.parametrize("prompts", ["brief", "full"])
+@pytest.mark.parametrize("item", ["Delta", "2. Delta", "2.", "2", "delta!"])
+def test_either_prompts_understand_a_number_and_a_title(prompts: Any, item: str) -> None:
+    episode = an_episode(GameConfig(max_turns=2, prompts=prompts))
+    play(episode, recommend(item))
+    assert episode.turns[0].hit and episode.waiting == USER

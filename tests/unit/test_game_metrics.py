@@ -20,17 +20,17 @@ def played(*replies: str, max_turns: int = 3) -> Episode:
 
 
 FOUND = played(
-    recommend(1, "Gamma"), judge("star", "0.60"),  # accepted miss
-    recommend(1, "Gamma"), judge("dislike", "0.10"),  # repeated, rightly rejected
-    recommend(2, "Delta"), judge("click", "0.90"),
+    recommend("Gamma"), judge("star", "0.60"),  # accepted miss
+    recommend("Gamma"), judge("dislike", "0.10"),  # repeated, rightly rejected
+    recommend("Delta"), judge("click", "0.90"),
 )  # fmt: skip
-FIRST = played(recommend(2, "Delta"), judge("click", "0.90"))
+FIRST = played(recommend("Delta"), judge("click", "0.90"))
 LOST = played(
     "Reason: none.",
-    recommend(2, "Delta"), "Action: none",  # a hit, judged wrongly by being unreadable
+    recommend("Delta"), "Action: none",  # a hit, judged wrongly by being unreadable
     "Reason: none.",
 )  # fmt: skip
-MISSED = played(recommend(1, "Gamma"), "?", recommend(3, "Omega"), judge("skip", "0.30"), max_turns=2)
+MISSED = played(recommend("Gamma"), "?", recommend("Omega"), judge("skip", "0.30"), max_turns=2)
 
 
 def test_counts_of_single_episodes() -> None:

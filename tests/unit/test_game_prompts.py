@@ -8,8 +8,13 @@ import pytest
 
 from coars_fast.game.prompts import (
     ACTIONS,
+    BRIEF,
+    FULL,
+    PromptSet,
     format_judgement,
     format_recommendation,
+    list_items,
+    name_item,
     normal,
     one_line,
     parse_judgement,
@@ -78,9 +83,11 @@ def test_an_item_is_named_by_its_title_where_the_number_says_nothing(named: str,
         "Item: ²",
         "Item: nothing like it",
         "Item: Heat 2",
-        "Item: Twins",  # two candidates normalise to it
+        "Item: twins",  # two candidates normalise to it, and it is the whole title of neither
+        "Item: Twins?",
         "Item: 99. twins",
-        "Item: ???",  # nothing is left of it for comparison
+        "Item: ??",  # nothing is left of it for comparison
+        "Item: 11. ???",
         "Item: 12. ",
         "Reason: the Item: 3. is in the middle of a line",
         "Item 3. Heat",
@@ -110,9 +117,91 @@ def test_the_last_item_line_counts(text: str, index: int | None) -> None:
     assert parse_recommendation(text, TITLES) == index
 
 
-def test_what_is_formatted_is_parsed_for_every_candidate() -> None:
-    for index, title in enumerate(TITLES):
-        assert parse_recommendation(format_recommendation("Item: 1.", index + 1, title), TITLES) == index
+# Titles that begin with a number, are one, or look like an entry of the list.
+NUMBERS = [
+    "21 Jump Street", "12 Angry Men (1957)", "2001: A Space Odyssey", "3. Heat", "5", "Heat", "8: The Return", "3:10",
+    "9) Nine", "77", "2. Heat",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("named", "index"),
+    [
+        ("Twins", 3),  # others normalise to it too
+        ("Twins!", 4),
+        ("???", 6),
+        ("  Heat  ", 8),
+    ],
+)
+def test_an_item_is_named_by_its_whole_title(named: str, index: int) -> None:
+    assert parse_recommendation(f"Reason: so.\nItem: {named}", TITLES) == index
+
+
+@pytest.mark.parametrize(
+    ("named", "index"),
+    [
+        # A whole title wins over the number that it begins with, be it a candidate's or not ...
+        ("21 Jump Street", 0),
+        ("12 Angry Men (1957)", 1),
+        ("2001: A Space Odyssey", 2),
+        ("3. Heat", 3),
+        ("8: The Return", 6),
+        ("3:10", 7),
+        ("9) Nine", 8),
+        ("2. Heat", 10),
+        # ... unless it is nothing but digits: then it is the number, as long as a candidate has it.
+        ("5", 4),
+        ("6", 5),
+        ("77", 9),
+        ("10", 9),
+        # A number and the title after it.
+        ("1. 21 Jump Street", 0),
+        ("4. 3. Heat", 3),
+        ("6. Heat", 5),
+        ("5. 5", 4),
+        ("7. 8: The Return", 6),
+        ("11. 2. Heat", 10),
+        ("10. 77", 9),
+        # Not quite the title: its number counts where it is written as one, else the words do.
+        ("21 jump street", 0),
+        ("12 angry men, 1957", 1),
+        ("2001: a space odyssey", 2),
+        ("3. heat", 2),
+        ("8: the return", 7),
+        ("3:10 ", 7),
+        ("3:10!", 2),
+        ("21. jump street", 0),
+        ("77. 77", 9),
+        ("99. Heat", 5),
+        ("12 Angry Men", None),
+        ("21", None),
+        ("2001", None),
+    ],
+)
+def test_titles_that_begin_with_a_number(named: str, index: int | None) -> None:
+    assert parse_recommendation(f"Reason: so.\nItem: {named}", NUMBERS) == index
+
+
+def test_digits_alone_are_a_number_before_they_are_a_title() -> None:
+    titles = ["Up", "1", "300", "Heat"]
+    assert parse_recommendation("Item: 1", titles) == 0
+    assert parse_recommendation("Item: 2. 1", titles) == 1
+    assert parse_recommendation("Item: 300", titles) == 2  # no candidate has this number
+
+
+def test_brief_prompts_name_an_item_by_its_title_and_full_ones_by_number_and_title() -> None:
+    assert list_items(BRIEF, ["Up", "3. Heat", "300"]) == "Up; 3. Heat; 300"
+    assert list_items(FULL, ["Up", "3. Heat", "300"]) == "1. Up\n2. 3. Heat\n3. 300"
+    assert (name_item(BRIEF, 7, "Up {title}"), name_item(FULL, 7, "Up {number}")) == ("Up {title}", "7. Up {number}")
+    assert format_recommendation("so.", "7. Up") == "Reason: so.\nItem: 7. Up"
+
+
+@pytest.mark.parametrize("prompts", [BRIEF, FULL], ids=["brief", "full"])
+@pytest.mark.parametrize("titles", [TITLES, [t for t in NUMBERS if t != "5"], ["3. Heat", "Heat", "Up"]])
+def test_what_is_formatted_is_parsed_for_every_candidate(prompts: PromptSet, titles: list[str]) -> None:
+    for index, title in enumerate(titles):
+        reply = format_recommendation("Item: 1.", name_item(prompts, index + 1, title))
+        assert parse_recommendation(reply, titles) == index
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,10 @@ PROMPTS: Any = pytest.mark.parametrize("prompts", ["brief", "full"])
 def never_found(prompts: Any, task: Any = TASK) -> Episode:
     """Two turns in which nobody says the held-out item."""
     episode = an_episode(GameConfig(max_turns=2, prompts=prompts), task=task)
-    for text in (recommend(1, "Gamma"), judge("star", "0.60"), recommend(3, "Omega"), judge("dislike", "0.10")):
+    first, second = ("1. Gamma", "3. Omega") if prompts == "full" else ("Gamma", "Omega")
+    for text in (recommend(first), judge("star", "0.60"), recommend(second), judge("dislike", "0.10")):
         episode.receive(say(episode, text))
+    assert [turn.item for turn in episode.turns] == [2, 4]
     return episode
 
 
@@ -34,7 +36,8 @@ def holds(tokens: Sequence[int], part: Sequence[int]) -> bool:
 def test_the_held_out_title_is_one_candidate_among_others_and_nothing_else(prompts: Any) -> None:
     episode = never_found(prompts)
     rec, user = (episode.codec.decode(view.tokens) for view in episode.views)
-    assert rec.count(TRUTH) == 1 and f"2. {TRUTH}" in rec
+    listed = {"brief": "Gamma; Delta; Omega", "full": "1. Gamma\n2. Delta\n3. Omega"}[prompts]
+    assert rec.count(TRUTH) == 1 and f"{listed}\nassistant\n" in rec
     assert TRUTH not in user
 
 
@@ -79,7 +82,7 @@ def test_a_question_about_one_item_does_not_say_whether_the_user_took_it(prompts
 
 def test_the_user_reference_says_what_the_right_answer_was() -> None:
     episode = an_episode(GameConfig(max_turns=2))
-    for text in (recommend(1, "Gamma"), judge("star", "0.60"), recommend(2, "Delta"), judge("skip", "0.30")):
+    for text in (recommend("Gamma"), judge("star", "0.60"), recommend("Delta"), judge("skip", "0.30")):
         episode.receive(say(episode, text))
     first, second = (write_reference(episode, turn, USER) for turn in episode.turns)
     assert first == "Note: the user did not take Gamma, so dislike."
@@ -87,20 +90,34 @@ def test_the_user_reference_says_what_the_right_answer_was() -> None:
 
 
 def test_a_truth_that_is_no_candidate_is_named_without_a_number() -> None:
-    episode = never_found("brief", replace(TASK, candidates=(2, 1, 4)))
+    task = replace(TASK, candidates=(2, 1, 4))
+    episode = never_found("full", task)
+    text = write_reference(episode, episode.turns[0], RECOMMENDER)
+    assert text.endswith("the user took next is Delta. A correct answer ends with:\nItem: Delta")
+    episode = never_found("brief", task)
     assert write_reference(episode, episode.turns[0], RECOMMENDER) == "Note: wrong, the user took Delta"
+
+
+def test_a_truth_among_the_candidates_is_named_as_the_prompts_name_items() -> None:
+    episode = never_found("brief")
+    assert write_reference(episode, episode.turns[0], RECOMMENDER) == "Note: wrong, the user took Delta"
+    episode = never_found("full")
+    text = write_reference(episode, episode.turns[0], RECOMMENDER)
+    assert text.endswith(
+        "It was wrong: the item that the user took next is 2. Delta. A correct answer ends with:\nItem: 2. Delta"
+    )
 
 
 def test_the_full_reference_holds_the_transcript() -> None:
     episode = never_found("full")
-    assert recommend(1, "Gamma") in write_reference(episode, episode.turns[0], RECOMMENDER)
+    assert recommend("1. Gamma") in write_reference(episode, episode.turns[0], RECOMMENDER)
     assert judge("star", "0.60") in write_reference(episode, episode.turns[0], USER)
 
 
 @pytest.mark.parametrize("of_family", ["chatml", "qwen3", "llama3", "plain"])
 def test_an_empty_reference_leaves_the_teacher_with_what_the_student_saw(of_family: str) -> None:
     episode = an_episode(GameConfig(max_turns=1), of_family=of_family)
-    for text in (recommend(1, "Gamma"), judge("star", "0.60")):
+    for text in (recommend("Gamma"), judge("star", "0.60")):
         episode.receive(say(episode, text))
     assert branch(episode, episode.turns[0], RECOMMENDER) != list(episode.template.headers["assistant"])
     episode.prompts = replace(episode.prompts, reference_rec="", reference_user="")

@@ -8,7 +8,7 @@ from coars_fast.game.template import TextCodec, make_template
 from coars_fast.model.decoder import Decoder, DecoderConfig
 from coars_fast.model.tokenizer import train_tokenizer, transplant
 
-TEXTS = [" Gentle Galaxy", " Toy Story (1995)", "Reason: likes calm space.\nItem: 3. Toy Story (1995)"] * 20
+TEXTS = [" Grimheist Club", " Toy Story (1995)", "Reason: likes calm space.\nItem: 3. Toy Story (1995)"] * 20
 
 
 def small(vocab_size: int, tied: bool) -> Decoder:
@@ -21,7 +21,7 @@ def small(vocab_size: int, tied: bool) -> Decoder:
 
 def test_any_text_survives_the_round_trip() -> None:
     codec = TextCodec(train_tokenizer(TEXTS, 300))
-    for text in ("Gentle Galaxy", 'naïve café, 東京\n\t"quoted" <|im_end|>', " two  spaces "):
+    for text in ("Grimheist Club", 'naïve café, 東京\n\t"quoted" <|im_end|>', " two  spaces "):
         assert codec.decode(codec.encode(text)) == text
 
 
@@ -32,14 +32,14 @@ def test_the_template_is_chatml() -> None:
 
 
 def test_a_transplanted_token_is_the_mean_of_what_spelled_it() -> None:
-    old, new = train_tokenizer([" Gentle Galaxy"] * 20, 275), train_tokenizer(TEXTS, 330)
+    old, new = train_tokenizer([" Grimheist Club"] * 20, 275), train_tokenizer(TEXTS, 330)
     for tied in (True, False):
         decoder = small(len(old), tied)
         before, head = decoder.model.embed_tokens.weight.clone(), decoder.head_weight.clone()
         transplant(decoder, old, new)
         assert decoder.config.vocab_size == len(new) == decoder.head_weight.shape[0]
         assert decoder.model.embed_tokens.weight.shape == (len(new), 16)
-        for token in ("<|im_start|>", "ĠStory", "ĠG"):
+        for token in ("<|im_start|>", "ĠStory", "ĠClub"):
             at = new.get_vocab()[token]
             if token in old.get_vocab():
                 spelled = [old.get_vocab()[token]]
