@@ -58,9 +58,8 @@ def main() -> None:
             raise RunFolderError(f"{path}: no evaluation.json; the run is not finished")
         runs.append(read_json(path / "evaluation.json"))
     rng = np.random.default_rng(0)
-    print(
-        f"| {len(runs)} runs | before | after | difference | 95% interval | after, each run |\n|---|---|---|---|---|---|"
-    )
+    print(f"| {len(runs)} runs | before | after | difference | 95% interval | after, each run |")
+    print("|---|---|---|---|---|---|")
     for part, name in SHOWN:
         metric = {**CONVERSATION, **DISCRIMINATION}[name]
         pairs = [(columns(run, "before", part), columns(run, "after", part)) for run in runs]

@@ -22,13 +22,13 @@ from coars_fast.cli import main_guard, parse
 from coars_fast.config import GameConfig
 from coars_fast.data.records import Lesson
 from coars_fast.data.world import GENRES, KINDS, NOUNS, STYLES
-from coars_fast.game.lessons import Curriculum, LessonMaker
+from coars_fast.game.lessons import Curriculum, Draw, LessonMaker
 from coars_fast.game.personas import SCORES
 from coars_fast.game.prompts import BRIEF
 from coars_fast.game.template import TextCodec, make_template
 from coars_fast.learn.supervised import cosine, fine_tune, lesson_logp
 from coars_fast.model.decoder import Decoder, DecoderConfig
-from coars_fast.model.load import save_decoder
+from coars_fast.model.load import load_decoder, save_decoder
 from coars_fast.model.tokenizer import train_tokenizer
 
 
@@ -38,12 +38,18 @@ class PretrainConfig:
 
     out: str
     """Folder to write (Hugging Face layout)."""
-    num_steps: int = 5500
-    """Optimizer steps."""
+    first_round: str | None = None
+    """Go on from a folder that an earlier call left after its first round."""
+    num_steps: int = 5000
+    """Optimizer steps of the first round."""
+    second_num_steps: int = 2600
+    """Optimizer steps of the second round."""
     tokens_per_step: int = 2500
     """About this many tokens a step."""
     learning_rate: float = 2e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of AdamW in the first round."""
+    second_learning_rate: float = 1.5e-3
+    """And in the second."""
     hidden_size: int = 96
     """Width."""
     num_layers: int = 3
@@ -72,9 +78,8 @@ def lexicon_texts() -> list[str]:
     return texts
 
 
-def draw_lessons(curriculum: Curriculum, progress: float, tokens: int, rng: np.random.Generator) -> list[Lesson]:
-    """Lessons of about `tokens` tokens in all."""
-    kinds = curriculum.kinds(progress)
+def draw_lessons(kinds: list[tuple[float, Draw]], tokens: int, rng: np.random.Generator) -> list[Lesson]:
+    """Lessons of weighted kinds, about `tokens` tokens in all."""
     weights = np.array([weight for weight, _ in kinds])
     lessons: list[Lesson] = []
     while sum(len(lesson.tokens) for lesson in lessons) < tokens:
@@ -105,22 +110,19 @@ def skill_report(decoder: Decoder, curriculum: Curriculum) -> str:
         "note": lambda: [maker.reference(rng)],
     }
     found = share_right(decoder, lambda rng: maker.retrieval(rng, size), 98)
-    recommended = share_right(decoder, lambda rng: maker.recommending(rng, size), 97)
+    recommended = share_right(decoder, lambda rng: maker.recommending(rng, size, repeat=False), 97)
     return f"lists of {curriculum.longest}; of {size} finds {found:.2f} recommends {recommended:.2f}; " + " ".join(
         f"{name} {lesson_logp(decoder, [lesson for _ in range(16) for lesson in draw()]).mean().exp():.2f}"
         for name, draw in kinds.items()
     )
 
 
-def pretrain(config: PretrainConfig) -> None:
-    tokenizer = train_tokenizer(lexicon_texts(), config.vocab_size)
-    codec = TextCodec(tokenizer)
-    maker = LessonMaker(codec, make_template(codec), GameConfig())
-    curriculum = Curriculum(maker)
-    generator = torch.Generator().manual_seed(config.seed)
+def new_decoder(config: PretrainConfig, vocab_size: int) -> Decoder:
+    """Random weights. Norms of queries and keys start at 1.5: heads of 24 could not attend sharply to one of a hundred
+    tokens otherwise."""
     shape = DecoderConfig(
         family="qwen3",
-        vocab_size=len(tokenizer),
+        vocab_size=vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=256,
         num_layers=config.num_layers,
@@ -132,36 +134,51 @@ def pretrain(config: PretrainConfig) -> None:
         tie_word_embeddings=True,
         max_position_embeddings=4096,
     )
-    decoder = Decoder(shape, generator=generator)
+    decoder = Decoder(shape, generator=torch.Generator().manual_seed(config.seed))
     for name, parameter in decoder.named_parameters():
         if name.endswith(("q_norm.weight", "k_norm.weight")):
-            parameter.data.fill_(1.5)  # heads of 24 could not attend sharply to one of many tokens otherwise
+            parameter.data.fill_(1.5)
+    return decoder
+
+
+def pretrain(config: PretrainConfig) -> None:
+    """Both rounds; the folder is written every 250 steps, so that a run that is cut short leaves what it learned."""
+    tokenizer = train_tokenizer(lexicon_texts(), config.vocab_size)
+    codec = TextCodec(tokenizer)
+    curriculum = Curriculum(LessonMaker(codec, make_template(codec), GameConfig()))
+    maker, started = curriculum.maker, time.monotonic()
+    if config.first_round:
+        decoder = load_decoder(config.first_round).requires_grad_(True)
+    else:
+        decoder = new_decoder(config, len(tokenizer))
     print(f"{sum(p.numel() for p in decoder.parameters()):,} parameters, vocabulary {len(tokenizer)}")
-    started = time.monotonic()
 
-    def batches() -> Iterator[tuple[list[Lesson], None]]:
-        for step in range(config.num_steps):
-            rng = np.random.default_rng([config.seed, step])
-            yield draw_lessons(curriculum, step / config.num_steps, config.tokens_per_step, rng), None
+    def play_round(number: int, num_steps: int, learning_rate: float, hold: float) -> None:
+        def batches() -> Iterator[tuple[list[Lesson], None]]:
+            for step in range(num_steps):
+                kinds = curriculum.first_round(step / num_steps) if number == 1 else curriculum.second_round()
+                rng = np.random.default_rng([config.seed, step] if number == 1 else [config.seed, number, step])
+                yield draw_lessons(kinds, config.tokens_per_step, rng), None
 
-    def progress(step: int, loss: float) -> None:
-        if step % 50 == 49:
-            curriculum.grow(share_right(decoder, lambda rng: maker.recommending(rng, curriculum.longest), step))
-        if step % 250 == 249 or step == config.num_steps - 1:  # a run that is cut short leaves what it learned
-            tokenizer.save_pretrained(config.out)
-            save_decoder(decoder, config.out)
-        if step % 100 == 0 or step == config.num_steps - 1:
-            seconds = time.monotonic() - started
-            print(f"step {step:5d} {seconds:5.0f} s  loss {loss:.3f}  {skill_report(decoder, curriculum)}", flush=True)
+        def progress(step: int, loss: float) -> None:
+            if step % 50 == 49:
+                curriculum.grow(share_right(decoder, lambda rng: maker.recommending(rng, curriculum.longest), step))
+            if step % 250 == 249 or step == num_steps - 1:
+                tokenizer.save_pretrained(config.out)
+                save_decoder(decoder, config.out)
+            if step % 100 == 0 or step == num_steps - 1:
+                clock = f"round {number} step {step:5d} {time.monotonic() - started:5.0f} s"
+                print(f"{clock}  loss {loss:.3f}  {skill_report(decoder, curriculum)}", flush=True)
 
-    fine_tune(
-        decoder,
-        batches(),
-        num_steps=config.num_steps,
-        learning_rate=config.learning_rate,
-        schedule=cosine(hold=0.6),
-        progress=progress,
-    )
+        schedule = cosine(hold=hold)
+        fine_tune(
+            decoder, batches(), num_steps=num_steps, learning_rate=learning_rate, schedule=schedule, progress=progress
+        )
+
+    if not config.first_round:
+        play_round(1, config.num_steps, config.learning_rate, 0.6)
+    curriculum.longest = maker.num_candidates
+    play_round(2, config.second_num_steps, config.second_learning_rate, 0.3)
 
 
 @main_guard

@@ -7,6 +7,7 @@ the meaning of words carries over. A lesson's `is_answer` marks the tokens that 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -80,11 +81,12 @@ class LessonMaker:
             answers += [(f" {query}:", False), (f" {titles[found]}", True), (";", False)]
         return self._drill("Candidates: " + "; ".join(titles), *answers)
 
-    def recommending(self, rng: np.random.Generator, num_items: int) -> Lesson:
-        """Titles by what is wanted, in the words of a recommender's reply, many to a list."""
+    def recommending(self, rng: np.random.Generator, num_items: int, *, repeat: bool = True) -> Lesson:
+        """Titles by what is wanted, in the words of a recommender's reply, many to a list; `repeat`: a query may come
+        again (and can be answered from before)."""
         titles = draw_titles(num_items, rng)
         answers: list[tuple[str, bool]] = []
-        for i in rng.integers(num_items, size=6):
+        for i in rng.integers(num_items, size=6) if repeat else rng.permutation(num_items)[:6]:
             style, genre = kind(titles[i])
             if rng.random() < 0.25:
                 style = personas.POPULAR
@@ -243,13 +245,15 @@ Draw = Callable[[np.random.Generator], list[Lesson]]
 
 
 class Curriculum:
-    """Which lessons come when: reading titles and finding them in lists that grow with success, then conversations.
+    """Which lessons come when, in two rounds: reading titles and finding them in lists that grow with success, then
+    conversations; after that, with a fresh learning rate, exact copying and mostly conversations.
 
-    Short lists first: a model this small sits on a long plateau otherwise (docs/log.md has the figures).
+    Short lists first: a model this small sits on a long plateau otherwise. And a second round: after the first it finds
+    the right place in a list, but mixes up titles of the same kind (docs/log.md has the figures).
     """
 
     FINDING = 0.45
-    """Share of the pretraining at which conversations begin at the latest."""
+    """Share of the first round at which conversations begin at the latest."""
 
     def __init__(self, maker: LessonMaker):
         self.maker = maker
@@ -263,22 +267,21 @@ class Curriculum:
             self.finds_all = self.finds_all or self.longest == self.maker.num_candidates
             self.longest = min(self.longest + 1, self.maker.num_candidates)
 
-    def kinds(self, progress: float) -> list[tuple[float, Draw]]:
-        """Kinds of lessons with their weights at this share (0 to 1) of the pretraining."""
+    def _lists(self, lesson: Callable[[np.random.Generator, int], Lesson]) -> Draw:
+        def draw(rng: np.random.Generator) -> list[Lesson]:
+            return [lesson(rng, self.longest if rng.random() < 0.5 else int(rng.integers(2, self.longest + 1)))]
+
+        return draw
+
+    def first_round(self, progress: float) -> list[tuple[float, Draw]]:
+        """Kinds of lessons with their weights at this share (0 to 1) of the first round."""
         maker = self.maker
-
-        def lists(lesson: Callable[[np.random.Generator, int], Lesson]) -> Draw:
-            return lambda rng: [
-                lesson(rng, self.longest if rng.random() < 0.5 else int(rng.integers(2, self.longest + 1)))
-            ]
-
         skills: list[tuple[float, Draw]] = [
-            (0.15, lambda rng: [maker.kinds(rng)]),
+            (0.12, lambda rng: [maker.kinds(rng)]),
             (0.1, lambda rng: [maker.taste(rng)]),
-            (0.1, lambda rng: [maker.matches(rng)]),
-            (0.15, lists(maker.copying)),
-            (0.3, lists(maker.retrieval)),
-            (0.2, lists(maker.recommending)),
+            (0.13, lambda rng: [maker.matches(rng)]),
+            (0.4, self._lists(maker.retrieval)),
+            (0.25, self._lists(maker.recommending)),
         ]
         if progress < self.FINDING and not self.finds_all:
             return skills
@@ -286,4 +289,15 @@ class Curriculum:
             *[(0.4 * weight, draw) for weight, draw in skills],
             (0.4, maker.conversation),
             (0.2, lambda rng: [maker.reference(rng)]),
+        ]
+
+    def second_round(self) -> list[tuple[float, Draw]]:
+        """Kinds of lessons with their weights in the second round."""
+        maker = self.maker
+        return [
+            (0.12, lambda rng: [maker.kinds(rng), maker.taste(rng), maker.matches(rng)]),
+            (0.15, self._lists(maker.copying)),
+            (0.28, self._lists(partial(maker.recommending, repeat=False))),
+            (0.3, maker.conversation),
+            (0.15, lambda rng: [maker.reference(rng)]),
         ]

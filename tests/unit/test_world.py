@@ -131,10 +131,11 @@ def maker() -> LessonMaker:
     return LessonMaker(codec, make_template(codec), GameConfig())
 
 
-@pytest.mark.parametrize("progress", [0.0, 0.3, 1.0])
-def test_every_kind_of_lesson_marks_answers_that_have_a_context(maker: LessonMaker, progress: float) -> None:
+@pytest.mark.parametrize("progress", [0.0, 0.3, 1.0, None])
+def test_every_kind_of_lesson_marks_answers_that_have_a_context(maker: LessonMaker, progress: float | None) -> None:
     rng = np.random.default_rng(1)
-    kinds = Curriculum(maker).kinds(progress)
+    curriculum = Curriculum(maker)
+    kinds = curriculum.first_round(progress) if progress is not None else curriculum.second_round()
     assert sum(weight for weight, _ in kinds) == pytest.approx(1.0)
     for weight, draw in kinds:
         assert weight >= 0
@@ -145,20 +146,20 @@ def test_every_kind_of_lesson_marks_answers_that_have_a_context(maker: LessonMak
 
 def test_lists_grow_with_success_and_conversations_begin_once_everything_is_found(maker: LessonMaker) -> None:
     curriculum = Curriculum(maker)
-    talk = len(Curriculum(maker).kinds(1.0))
+    talk = len(Curriculum(maker).first_round(1.0))
     for _ in range(20):
         before = curriculum.longest
         curriculum.grow(0.5)
         assert curriculum.longest == before, "too little was found"
-        assert len(curriculum.kinds(0.1)) < talk
-    assert len(curriculum.kinds(0.9)) == talk, "late enough, they begin all the same"
+        assert len(curriculum.first_round(0.1)) < talk
+    assert len(curriculum.first_round(0.9)) == talk, "late enough, they begin all the same"
     for longest in range(4, maker.num_candidates + 1):
         curriculum.grow(0.9)
         assert curriculum.longest == longest
-        assert len(curriculum.kinds(0.1)) < talk
+        assert len(curriculum.first_round(0.1)) < talk
     curriculum.grow(0.9)
     assert curriculum.longest == maker.num_candidates
-    assert len(curriculum.kinds(0.1)) == talk
+    assert len(curriculum.first_round(0.1)) == talk
 
 
 def learned_pieces(maker: LessonMaker, lesson: Lesson) -> list[str]:
