@@ -38,18 +38,16 @@ class PretrainConfig:
 
     out: str
     """Folder to write (Hugging Face layout)."""
-    first_round: str | None = None
-    """Go on from a folder that an earlier call left after its first round."""
-    num_steps: int = 5000
-    """Optimizer steps of the first round."""
-    second_num_steps: int = 2600
-    """Optimizer steps of the second round."""
+    start: str | None = None
+    """Go on from a folder that an earlier call left, with the round `first_round`."""
+    first_round: int = 1
+    """Round to begin with."""
+    num_steps: tuple[int, int, int] = (5000, 2600, 1800)
+    """Optimizer steps of the three rounds."""
     tokens_per_step: int = 2500
     """About this many tokens a step."""
-    learning_rate: float = 2e-3
-    """Peak learning rate of AdamW in the first round."""
-    second_learning_rate: float = 1.5e-3
-    """And in the second."""
+    learning_rate: tuple[float, float, float] = (2e-3, 1.5e-3, 1.5e-3)
+    """Peak learning rates of AdamW in the three rounds."""
     hidden_size: int = 96
     """Width."""
     num_layers: int = 3
@@ -142,21 +140,23 @@ def new_decoder(config: PretrainConfig, vocab_size: int) -> Decoder:
 
 
 def pretrain(config: PretrainConfig) -> None:
-    """Both rounds; the folder is written every 250 steps, so that a run that is cut short leaves what it learned."""
+    """All rounds; the folder is written every 250 steps, so that a run that is cut short leaves what it learned."""
     tokenizer = train_tokenizer(lexicon_texts(), config.vocab_size)
     codec = TextCodec(tokenizer)
     curriculum = Curriculum(LessonMaker(codec, make_template(codec), GameConfig()))
     maker, started = curriculum.maker, time.monotonic()
-    if config.first_round:
-        decoder = load_decoder(config.first_round).requires_grad_(True)
+    if config.start:
+        decoder = load_decoder(config.start).requires_grad_(True)
     else:
         decoder = new_decoder(config, len(tokenizer))
     print(f"{sum(p.numel() for p in decoder.parameters()):,} parameters, vocabulary {len(tokenizer)}")
 
-    def play_round(number: int, num_steps: int, learning_rate: float, hold: float) -> None:
+    def play_round(number: int) -> None:
+        num_steps, learning_rate = config.num_steps[number - 1], config.learning_rate[number - 1]
+
         def batches() -> Iterator[tuple[list[Lesson], None]]:
             for step in range(num_steps):
-                kinds = curriculum.first_round(step / num_steps) if number == 1 else curriculum.second_round()
+                kinds = curriculum.lessons(number, step / num_steps)
                 rng = np.random.default_rng([config.seed, step] if number == 1 else [config.seed, number, step])
                 yield draw_lessons(kinds, config.tokens_per_step, rng), None
 
@@ -170,15 +170,15 @@ def pretrain(config: PretrainConfig) -> None:
                 clock = f"round {number} step {step:5d} {time.monotonic() - started:5.0f} s"
                 print(f"{clock}  loss {loss:.3f}  {skill_report(decoder, curriculum)}", flush=True)
 
-        schedule = cosine(hold=hold)
+        schedule = cosine(hold=0.6 if number == 1 else 0.3)
         fine_tune(
             decoder, batches(), num_steps=num_steps, learning_rate=learning_rate, schedule=schedule, progress=progress
         )
 
-    if not config.first_round:
-        play_round(1, config.num_steps, config.learning_rate, 0.6)
-    curriculum.longest = maker.num_candidates
-    play_round(2, config.second_num_steps, config.second_learning_rate, 0.3)
+    for number in range(config.first_round, 4):
+        if number > 1:
+            curriculum.longest = maker.num_candidates
+        play_round(number)
 
 
 @main_guard

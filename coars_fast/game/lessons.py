@@ -81,14 +81,22 @@ class LessonMaker:
             answers += [(f" {query}:", False), (f" {titles[found]}", True), (";", False)]
         return self._drill("Candidates: " + "; ".join(titles), *answers)
 
-    def recommending(self, rng: np.random.Generator, num_items: int, *, repeat: bool = True) -> Lesson:
-        """Titles by what is wanted, in the words of a recommender's reply, many to a list; `repeat`: a query may come
-        again (and can be answered from before)."""
+    def recommending(
+        self, rng: np.random.Generator, num_items: int, *, repeat: bool = True, popular_rate: float = 0.25
+    ) -> Lesson:
+        """Titles by what is wanted, in the words of a recommender's reply, many to a list.
+
+        Args:
+            rng: draws the list and the queries.
+            num_items: length of the list.
+            repeat: a query may come again (and can be answered from before).
+            popular_rate: share of queries for what is popular within a genre; they do not say which style to copy.
+        """
         titles = draw_titles(num_items, rng)
         answers: list[tuple[str, bool]] = []
         for i in rng.integers(num_items, size=6) if repeat else rng.permutation(num_items)[:6]:
             style, genre = kind(titles[i])
-            if rng.random() < 0.25:
+            if rng.random() < popular_rate:
                 style = personas.POPULAR
             found = personas.choose(titles, style, genre, set())
             answers += [(f"Reason: likes {style} {genre}.\nItem:", False), (f" {titles[found]}", True), ("\n", False)]
@@ -245,10 +253,11 @@ Draw = Callable[[np.random.Generator], list[Lesson]]
 
 
 class Curriculum:
-    """Which lessons come when, in two rounds: reading titles and finding them in lists that grow with success, then
-    conversations; after that, with a fresh learning rate, exact copying and mostly conversations.
+    """Which lessons come when, in rounds that each begin with a fresh learning rate: reading titles and finding them in
+    lists that grow with success, then conversations; exact copying and mostly conversations; copying what the reason
+    does not describe in full.
 
-    Short lists first: a model this small sits on a long plateau otherwise. And a second round: after the first it finds
+    Short lists first: a model this small sits on a long plateau otherwise. The later rounds: after the first it finds
     the right place in a list, but mixes up titles of the same kind (docs/log.md has the figures).
     """
 
@@ -272,6 +281,10 @@ class Curriculum:
             return [lesson(rng, self.longest if rng.random() < 0.5 else int(rng.integers(2, self.longest + 1)))]
 
         return draw
+
+    def lessons(self, number: int, progress: float) -> list[tuple[float, Draw]]:
+        """Kinds of lessons with their weights in round 1, 2 or 3, at this share (0 to 1) of it."""
+        return (self.first_round(progress), self.second_round(), self.third_round())[number - 1]
 
     def first_round(self, progress: float) -> list[tuple[float, Draw]]:
         """Kinds of lessons with their weights at this share (0 to 1) of the first round."""
@@ -300,4 +313,16 @@ class Curriculum:
             (0.28, self._lists(partial(maker.recommending, repeat=False))),
             (0.3, maker.conversation),
             (0.15, lambda rng: [maker.reference(rng)]),
+        ]
+
+    def third_round(self) -> list[tuple[float, Draw]]:
+        """Kinds of lessons with their weights in the third round."""
+        maker = self.maker
+        popular = partial(maker.recommending, repeat=False, popular_rate=0.7)
+        return [
+            (0.1, lambda rng: [maker.kinds(rng), maker.taste(rng), maker.matches(rng)]),
+            (0.1, self._lists(maker.copying)),
+            (0.35, self._lists(popular)),
+            (0.32, maker.conversation),
+            (0.13, lambda rng: [maker.reference(rng)]),
         ]

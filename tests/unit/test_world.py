@@ -131,11 +131,12 @@ def maker() -> LessonMaker:
     return LessonMaker(codec, make_template(codec), GameConfig())
 
 
-@pytest.mark.parametrize("progress", [0.0, 0.3, 1.0, None])
-def test_every_kind_of_lesson_marks_answers_that_have_a_context(maker: LessonMaker, progress: float | None) -> None:
+@pytest.mark.parametrize(("number", "progress"), [(1, 0.0), (1, 0.3), (1, 1.0), (2, 0.5), (3, 0.5)])
+def test_every_kind_of_lesson_marks_answers_that_have_a_context(
+    maker: LessonMaker, number: int, progress: float
+) -> None:
     rng = np.random.default_rng(1)
-    curriculum = Curriculum(maker)
-    kinds = curriculum.first_round(progress) if progress is not None else curriculum.second_round()
+    kinds = Curriculum(maker).lessons(number, progress)
     assert sum(weight for weight, _ in kinds) == pytest.approx(1.0)
     for weight, draw in kinds:
         assert weight >= 0
