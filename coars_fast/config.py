@@ -155,9 +155,9 @@ class LossConfig:
     """Bound of a token's credit."""
     credit_center: bool = False
     """Subtract each agent's mean credit over the batch."""
-    baseline: Literal["auto", "none", "batch"] = "auto"
-    """Subtracted from the turn rewards, per agent: `batch` is their weighted mean; `auto`: none for `faithful`, batch
-    otherwise."""
+    baseline: Literal["auto", "none", "batch", "turn"] = "auto"
+    """Subtracted from the turn rewards, per agent: `batch` is their weighted mean, `turn` that of its first, second and
+    further replies apart; `auto`: none for `faithful`, turn otherwise."""
     clip_low: float = 0.2
     """The importance ratio is clipped at 1 - clip_low."""
     clip_high: float = 0.2
@@ -206,6 +206,9 @@ class SFTConfig:
 
     num_steps: int = 600
     """Supervised steps."""
+    copying_steps: int = 0
+    """How many of them come first and teach copying titles from lists; a small model with a new tokenizer needs several
+    hundred (only with `--sft.trainable all`)."""
     batch_size: int = 64
     """Conversations a step."""
     learning_rate: float = 2e-3

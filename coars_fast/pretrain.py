@@ -42,12 +42,12 @@ class PretrainConfig:
     """Go on from a folder that an earlier call left, with the round `first_round`."""
     first_round: int = 1
     """Round to begin with."""
-    num_steps: tuple[int, int, int] = (5000, 2600, 1800)
-    """Optimizer steps of the three rounds."""
+    num_steps: tuple[int, int] = (3600, 1500)
+    """Optimizer steps of the two rounds."""
     tokens_per_step: int = 2500
     """About this many tokens a step."""
-    learning_rate: tuple[float, float, float] = (2e-3, 1.5e-3, 1.5e-3)
-    """Peak learning rates of AdamW in the three rounds."""
+    learning_rate: tuple[float, float] = (2e-3, 1.5e-3)
+    """Peak learning rates of AdamW in the two rounds."""
     hidden_size: int = 96
     """Width."""
     num_layers: int = 3
@@ -175,7 +175,7 @@ def pretrain(config: PretrainConfig) -> None:
             decoder, batches(), num_steps=num_steps, learning_rate=learning_rate, schedule=schedule, progress=progress
         )
 
-    for number in range(config.first_round, 4):
+    for number in range(config.first_round, 3):
         if number > 1:
             curriculum.longest = maker.num_candidates
         play_round(number)

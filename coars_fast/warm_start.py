@@ -24,6 +24,8 @@ from coars_fast.progress import Screen
 
 REFERENCE_RATE = 0.2
 """Share of conversations whose last replies are learned after a reference."""
+COPIED_TITLES = 8
+"""Titles in a copying lesson."""
 WRONG_FIRST_RATE = 0.5
 """Share of conversations in which a wrong item comes first (the recommender does not learn that reply)."""
 
@@ -52,14 +54,38 @@ def warm_start(
 def _batches(
     tasks: TaskSource, new_episode: Callable[[Task], Episode], config: Config, with_adapters: bool
 ) -> Iterator[tuple[list[Lesson], list[int] | None]]:
+    copying = config.sft.copying_steps if config.sft.trainable == "all" else 0
     for step in range(config.sft.num_steps):
         rng = np.random.default_rng([config.seed, 77, step])
+        if step < copying:
+            yield copying_lessons(tasks, new_episode, config, rng), None
+            continue
         pairs = [
             pair
             for task in tasks.warm_start_tasks(step, config.sft.batch_size)
             for pair in conversation(new_episode(task), rng)
         ]
         yield [lesson for _, lesson in pairs], [agent for agent, _ in pairs] if with_adapters else None
+
+
+def copying_lessons(
+    tasks: TaskSource, new_episode: Callable[[Task], Episode], config: Config, rng: np.random.Generator
+) -> list[Lesson]:
+    """Lists of titles and the same titles again in another order: small models learn to copy from a list here, which
+    conversations alone teach them much later. The first token of a title says which one comes, so it is not learned."""
+    lessons = []
+    for task in tasks.warm_start_tasks(int(rng.integers(1 << 30)), max(1, config.sft.batch_size)):
+        episode = new_episode(task)
+        codec, template = episode.codec, episode.template
+        titles = [codec.encode(f" {title};") for title in episode.candidate_titles[:COPIED_TITLES]]
+        asked = template.message("user", [*codec.encode("Candidates:"), *(t for title in titles for t in title)])
+        tokens = [*template.bos, *asked, *template.headers["assistant"]]
+        is_answer = [False] * len(tokens)
+        for i in rng.permutation(len(titles)):
+            tokens += titles[i]
+            is_answer += [False] + [True] * (len(titles[i]) - 1)
+        lessons.append(Lesson(tokens=tokens, is_answer=is_answer))
+    return lessons
 
 
 def conversation(episode: Episode, rng: np.random.Generator) -> list[tuple[int, Lesson]]:

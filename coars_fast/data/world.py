@@ -15,14 +15,9 @@ from coars_fast.config import WorldConfig
 from coars_fast.data.records import Dataset
 from coars_fast.errors import ConfigError
 
-# Stems of a kind stand in order of fashion: the first is the most popular in every world.
-STYLES: dict[str, tuple[str, ...]] = {
-    "calm": ("Soft", "Still", "Hush"),
-    "dark": ("Grim", "Bleak", "Murk"),
-    "funny": ("Silly", "Merry", "Goof"),
-    "epic": ("Grand", "Vast", "Titan"),
-    "odd": ("Strange", "Weird", "Crook"),
-}
+# Styles stand in order of fashion, and so do the stems of a genre: the first is the most popular in every world.
+STYLES: dict[str, str] = {"epic": "Grand", "funny": "Silly", "dark": "Grim", "odd": "Strange", "calm": "Soft"}
+"""Style -> its stem."""
 GENRES: dict[str, tuple[str, ...]] = {
     "space": ("star", "comet"),
     "crime": ("heist", "alibi"),
@@ -30,20 +25,22 @@ GENRES: dict[str, tuple[str, ...]] = {
     "music": ("song", "drum"),
     "sport": ("race", "goal"),
 }
-NOUNS = tuple("Diary Papers Club Road House Letters Garden Winter Brothers Code Island Mirror".split())
+"""Genre -> its stems."""
+NOUNS = tuple(
+    "Diary Papers Club Road House Letters Garden Winter Brothers Code Island Mirror "
+    "Castle Summer Sisters Bridge Secret Market Tower Harbor Lantern Window Forest Kitchen".split()
+)
 KINDS: dict[str, tuple[str, str]] = {
     style_stem + genre_stem: (style, genre)
-    for style, style_stems in STYLES.items()
+    for style, style_stem in STYLES.items()
     for genre, genre_stems in GENRES.items()
-    for style_stem in style_stems
     for genre_stem in genre_stems
 }
 """(style, genre) of every compound."""
 FASHION: dict[str, float] = {
-    style_stem + genre_stem: 1.0 / (1.0 + s + g)
-    for style_stems in STYLES.values()
+    style_stem + genre_stem: 1.0 / (1.0 + s + 0.5 * g)
+    for s, style_stem in enumerate(STYLES.values())
     for genre_stems in GENRES.values()
-    for s, style_stem in enumerate(style_stems)
     for g, genre_stem in enumerate(genre_stems)
 }
 

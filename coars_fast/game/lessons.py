@@ -23,6 +23,8 @@ from coars_fast.game.template import TextCodec, TokenTemplate
 
 RANDOM_RATE = 0.25
 """Share of a conversation's recommendations that are random."""
+INVALID_RATE = 0.2
+"""Share of those that name a title from elsewhere."""
 
 
 class LessonMaker:
@@ -82,7 +84,13 @@ class LessonMaker:
         return self._drill("Candidates: " + "; ".join(titles), *answers)
 
     def recommending(
-        self, rng: np.random.Generator, num_items: int, *, repeat: bool = True, popular_rate: float = 0.25
+        self,
+        rng: np.random.Generator,
+        num_items: int,
+        *,
+        repeat: bool = True,
+        popular_rate: float = 0.25,
+        absent_rate: float = 0.0,
     ) -> Lesson:
         """Titles by what is wanted, in the words of a recommender's reply, many to a list.
 
@@ -90,12 +98,16 @@ class LessonMaker:
             rng: draws the list and the queries.
             num_items: length of the list.
             repeat: a query may come again (and can be answered from before).
-            popular_rate: share of queries for what is popular within a genre; they do not say which style to copy.
+            popular_rate: share of queries for what is popular within a genre.
+            absent_rate: share of queries for any style and genre, which the list may not hold: the best that it does
+                hold is right then.
         """
         titles = draw_titles(num_items, rng)
         answers: list[tuple[str, bool]] = []
         for i in rng.integers(num_items, size=6) if repeat else rng.permutation(num_items)[:6]:
             style, genre = kind(titles[i])
+            if absent_rate and rng.random() < absent_rate:
+                style, genre = list(STYLES)[rng.integers(len(STYLES))], list(GENRES)[rng.integers(len(GENRES))]
             if rng.random() < popular_rate:
                 style = personas.POPULAR
             found = personas.choose(titles, style, genre, set())
@@ -175,15 +187,16 @@ class LessonMaker:
         """Both views of a conversation of the scripted pair.
 
         Some recommendations are random ones, from which only the user learns: else it would learn to believe the
-        recommender's reason instead of reading the title.
+        recommender's reason instead of reading the title. A few name no candidate, so that what follows is known too.
         """
         episode = self._episode(rng)
         learned: tuple[list[bool], list[bool]] = ([], [])
         while episode.waiting is not None:
             agent, text, genuine = episode.waiting, self._speak(episode, rng), True
             if agent == RECOMMENDER and rng.random() < RANDOM_RATE:
-                index, genuine = int(rng.integers(self.num_candidates)), False
-                text = format_recommendation(_random_reason(rng), episode.candidate_titles[index])
+                titles = draw_titles(1, rng) if rng.random() < INVALID_RATE else episode.candidate_titles
+                text = format_recommendation(_random_reason(rng), str(rng.choice(titles)))
+                genuine = False
             learned[agent].append(genuine)
             episode.receive(self._reply(text))
         lessons = []
@@ -254,11 +267,9 @@ Draw = Callable[[np.random.Generator], list[Lesson]]
 
 class Curriculum:
     """Which lessons come when, in rounds that each begin with a fresh learning rate: reading titles and finding them in
-    lists that grow with success, then conversations; exact copying and mostly conversations; copying what the reason
-    does not describe in full.
+    lists that grow with success, then conversations; exact copying and mostly conversations.
 
-    Short lists first: a model this small sits on a long plateau otherwise. The later rounds: after the first it finds
-    the right place in a list, but mixes up titles of the same kind (docs/log.md has the figures).
+    Short lists first: a model this small sits on a long plateau otherwise (docs/log.md has the figures).
     """
 
     FINDING = 0.45
@@ -283,8 +294,8 @@ class Curriculum:
         return draw
 
     def lessons(self, number: int, progress: float) -> list[tuple[float, Draw]]:
-        """Kinds of lessons with their weights in round 1, 2 or 3, at this share (0 to 1) of it."""
-        return (self.first_round(progress), self.second_round(), self.third_round())[number - 1]
+        """Kinds of lessons with their weights in round 1 or 2, at this share (0 to 1) of it."""
+        return self.first_round(progress) if number == 1 else self.second_round()
 
     def first_round(self, progress: float) -> list[tuple[float, Draw]]:
         """Kinds of lessons with their weights at this share (0 to 1) of the first round."""
@@ -310,19 +321,7 @@ class Curriculum:
         return [
             (0.12, lambda rng: [maker.kinds(rng), maker.taste(rng), maker.matches(rng)]),
             (0.15, self._lists(maker.copying)),
-            (0.28, self._lists(partial(maker.recommending, repeat=False))),
+            (0.28, self._lists(partial(maker.recommending, repeat=False, absent_rate=0.5))),
             (0.3, maker.conversation),
             (0.15, lambda rng: [maker.reference(rng)]),
-        ]
-
-    def third_round(self) -> list[tuple[float, Draw]]:
-        """Kinds of lessons with their weights in the third round."""
-        maker = self.maker
-        popular = partial(maker.recommending, repeat=False, popular_rate=0.7)
-        return [
-            (0.1, lambda rng: [maker.kinds(rng), maker.taste(rng), maker.matches(rng)]),
-            (0.1, self._lists(maker.copying)),
-            (0.35, self._lists(popular)),
-            (0.32, maker.conversation),
-            (0.13, lambda rng: [maker.reference(rng)]),
         ]

@@ -12,7 +12,7 @@ from typing import Literal
 
 from coars_fast.data.records import TrainedTurn, Trajectory
 
-Baseline = Literal["none", "batch"]
+Baseline = Literal["none", "batch", "turn"]
 
 
 def normalise(trajectories: Sequence[Trajectory], *, baseline: Baseline, num_episodes: int) -> list[Trajectory]:
@@ -20,17 +20,27 @@ def normalise(trajectories: Sequence[Trajectory], *, baseline: Baseline, num_epi
 
     Args:
         trajectories: of the whole update, both agents.
-        baseline: `batch` subtracts the weighted mean reward of the agent's turns; `none` leaves Eq. 11 as it is.
+        baseline: the weighted mean reward of the agent's turns (`batch`), of its n-th replies only (`turn`), or 0
+            (`none`), which leaves Eq. 11 as it is. Later turns are mostly misses: against one mean for all they only
+            ever push down what was said, correct formats included.
         num_episodes: episodes of the update.
     """
-    means: dict[int, float] = {}
-    for agent in {trajectory.agent for trajectory in trajectories}:
-        turns = [turn for t in trajectories if t.agent == agent for turn in t.turns]
-        total = sum(turn.weight for turn in turns)
-        mean = sum(turn.weight * turn.reward for turn in turns) / total if total else 0.0
-        means[agent] = mean if baseline == "batch" else 0.0
+    totals: dict[tuple[int, int], list[float]] = {}
 
-    def scaled(turn: TrainedTurn, agent: int) -> TrainedTurn:
-        return replace(turn, weight=turn.weight / num_episodes, reward=turn.reward - means[agent])
+    def key(agent: int, index: int) -> tuple[int, int]:
+        return agent, index if baseline == "turn" else 0
 
-    return [replace(t, turns=tuple(scaled(turn, t.agent) for turn in t.turns)) for t in trajectories]
+    for trajectory in trajectories:
+        for index, turn in enumerate(trajectory.turns):
+            sums = totals.setdefault(key(trajectory.agent, index), [0.0, 0.0])
+            sums[0] += turn.weight
+            sums[1] += turn.weight * turn.reward
+    means = {k: reward / weight if weight and baseline != "none" else 0.0 for k, (weight, reward) in totals.items()}
+
+    def scaled(turn: TrainedTurn, mean: float) -> TrainedTurn:
+        return replace(turn, weight=turn.weight / num_episodes, reward=turn.reward - mean)
+
+    return [
+        replace(t, turns=tuple(scaled(turn, means[key(t.agent, index)]) for index, turn in enumerate(t.turns)))
+        for t in trajectories
+    ]

@@ -84,7 +84,7 @@ class Learner:
     def _update_minibatch(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         baseline = self.config.loss.baseline
         if baseline == "auto":
-            baseline = "none" if self.config.objective == "faithful" else "batch"
+            baseline = "none" if self.config.objective == "faithful" else "turn"
         num_episodes = len({t.episode for t in trajectories})
         ready = normalise(trajectories, baseline=baseline, num_episodes=num_episodes)
         ready = [t for t in ready if t.turns]
