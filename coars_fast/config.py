@@ -172,9 +172,9 @@ class LossConfig:
 class TrainConfig:
     """The optimization."""
 
-    num_steps: int = 60
+    num_steps: int = 40
     """Training steps: each plays episodes, rewards them and updates both adapters."""
-    episodes_per_step: int = 128
+    episodes_per_step: int = 64
     """Episodes a step."""
     group_size: int = 1
     """Episodes of the same user and target within a step."""
@@ -231,7 +231,7 @@ class CheckpointConfig:
 class EvalConfig:
     """The evaluation before and after training."""
 
-    every: int = 20
+    every: int = 10
     """Steps between short evaluations on held-out users for the learning curve (0: never)."""
     num_samples: int = 1
     """Sampled episodes per user (beside the greedy one)."""
@@ -311,8 +311,8 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda value: value >= 0,
         "seed world.seed sasrec.seed data.eval_seed data.num_peers sasrec.num_epochs sasrec.dropout "
         "game.alpha loss.credit_weight loss.kl_weight loss.clip_low loss.clip_high train.num_steps "
-        "train.user_learning_rate_factor train.warmup_steps train.weight_decay sft.num_steps eval.every "
-        "eval.num_samples eval.num_disc_users",
+        "train.user_learning_rate_factor train.warmup_steps train.weight_decay sft.num_steps sft.copying_steps "
+        "eval.every eval.num_samples eval.num_disc_users",
     ),
     ("must lie between 0 and 1", lambda value: 0 <= value <= 1, "train.final_learning_rate"),
     ("must be below 1", lambda value: value < 1, "loss.clip_low sasrec.dropout"),
@@ -350,7 +350,7 @@ def _numbers(settings: Any, prefix: str = "") -> dict[str, float]:
 
 def _contradictions(config: Config) -> list[str]:
     """Settings that cannot go together, in words."""
-    data, model, train, objective = config.data, config.model, config.train, config.objective
+    data, model, train, sft, objective = config.data, config.model, config.train, config.sft, config.objective
     catalogue = model.tokenizer == "catalogue"
     rules = (
         (
@@ -365,10 +365,7 @@ def _contradictions(config: Config) -> list[str]:
             train.episodes_per_step % train.group_size != 0,
             f"train.group_size: {train.group_size} does not divide train.episodes_per_step ({train.episodes_per_step})",
         ),
-        (
-            train.minibatches > train.episodes_per_step,
-            "train.minibatches: more minibatches than episodes_per_step",
-        ),
+        (train.minibatches > train.episodes_per_step, "train.minibatches: more minibatches than episodes_per_step"),
         (
             objective == "faithful" and train.minibatches > 1,
             "--objective faithful has no importance ratio: train.minibatches must be 1",
@@ -386,16 +383,16 @@ def _contradictions(config: Config) -> list[str]:
             "train.train_recommender and train.train_user are both off: nothing would be trained",
         ),
         (
-            catalogue and not config.warm_start,
-            "model.tokenizer: 'catalogue' makes new embeddings, which need --warm-start to learn",
-        ),
-        (
-            catalogue and config.sft.trainable != "all",
-            "model.tokenizer: 'catalogue' makes new embeddings, which need --sft.trainable all",
+            catalogue and (not config.warm_start or sft.trainable != "all"),
+            "model.tokenizer: 'catalogue' makes new embeddings, which need --warm-start and --sft.trainable all",
         ),
         (
             catalogue and model.tokenizer_size < 300,
             f"model.tokenizer_size: {model.tokenizer_size} must be at least 300, room for all bytes and some words",
+        ),
+        (
+            sft.copying_steps > sft.num_steps,
+            f"sft.copying_steps: {sft.copying_steps} are more than all steps, sft.num_steps ({sft.num_steps})",
         ),
     )
     return [problem for broken, problem in rules if broken]
