@@ -73,7 +73,10 @@ def build(config: Config, folder: Path, screen: Screen, *, adapters_follow: bool
     backend, _ = choose_backend(device, dtype, config.model.attention)
     tokenizer = load_tokenizer(source)
     if fresh and config.model.tokenizer == "catalogue":
-        new = train_tokenizer(_catalogue_texts(dataset, config), config.model.tokenizer_size)
+        texts = _prompt_texts(config)
+        # A title that is part of a prompt ("It", "Note") would tear its words apart; such a one stays spelled out.
+        whole = [title for title in dataset.titles if not any(title in text for text in set(texts))]
+        new = train_tokenizer(texts, config.model.tokenizer_size, whole)
         transplant(decoder, tokenizer, new)
         tokenizer = new
     codec = TextCodec(tokenizer)
@@ -150,12 +153,12 @@ def _sasrec(config: Config, dataset: Dataset, folder: Path, screen: Screen) -> S
     return sasrec
 
 
-def _catalogue_texts(dataset: Dataset, config: Config) -> list[str]:
-    """What a `catalogue` tokenizer learns from: titles as often as they were taken, and the prompts."""
+def _prompt_texts(config: Config) -> list[str]:
+    """What a `catalogue` tokenizer learns beside the titles: the prompts, the reply formats, the warm start's words."""
     from coars_fast.game.prompts import ACTIONS, PROMPTS
 
-    texts = [f" {dataset.titles[item]}" for sequence in dataset.sequences for item in sequence]
     prompts = [str(text) for text in vars(PROMPTS[config.game.prompts]).values()]
     words = ["system\n", "user\n", "assistant\n", *(f"Action: {action}\nScore: 0.85" for action in ACTIONS)]
-    numbers = [f"; {n}. " for n in range(1, 51)]
-    return texts + (prompts + words + numbers) * (1 + len(texts) // 100)
+    replies = ["Reason: fits the history.\nItem:", "that is what I want.", "not what I want."]
+    scores = [f"Score: 0.{n:02d}" for n in range(0, 100, 5)]
+    return (prompts + words + replies + scores) * 20

@@ -96,10 +96,10 @@ class ModelConfig:
     """Hugging Face folder or hub id of a Llama, Qwen2 or Qwen3 model (safetensors). Default: the shipped
     `tiny_base`."""
     tokenizer: Literal["own", "catalogue"] = "own"
-    """`own`: the model's. `catalogue`: train a byte-level BPE on the catalogue's titles and start each new token's
-    embedding as the mean of the old tokens that spell it; needs `--warm-start`."""
-    tokenizer_size: int = 4096
-    """Vocabulary of a `catalogue` tokenizer."""
+    """`own`: the model's. `catalogue`: a byte-level BPE of the prompts with every title of the catalogue as one more
+    token; needs `--warm-start`, which teaches the new embeddings."""
+    tokenizer_size: int = 768
+    """Learned entries of a `catalogue` tokenizer, beside the titles."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Storage of the base weights; `auto`: float32 on a CPU, bfloat16 on a GPU. Adapters are always float32."""
     device: str = "auto"

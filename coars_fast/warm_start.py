@@ -24,8 +24,6 @@ from coars_fast.progress import Screen
 
 REFERENCE_RATE = 0.2
 """Share of conversations whose last replies are learned after a reference."""
-COPIED_TITLES = 8
-"""Titles in a copying lesson."""
 WRONG_FIRST_RATE = 0.5
 """Share of conversations in which a wrong item comes first (the recommender does not learn that reply)."""
 
@@ -71,19 +69,17 @@ def _batches(
 def copying_lessons(
     tasks: TaskSource, new_episode: Callable[[Task], Episode], config: Config, rng: np.random.Generator
 ) -> list[Lesson]:
-    """Lists of titles and the same titles again in another order: small models learn to copy from a list here, which
-    conversations alone teach them much later. The first token of a title says which one comes, so it is not learned."""
+    """A list of titles, and the same list again: small models learn to copy from a list here, which conversations alone
+    teach them much later."""
     lessons = []
     for task in tasks.warm_start_tasks(int(rng.integers(1 << 30)), max(1, config.sft.batch_size)):
         episode = new_episode(task)
         codec, template = episode.codec, episode.template
-        titles = [codec.encode(f" {title};") for title in episode.candidate_titles[:COPIED_TITLES]]
+        titles = [codec.encode(f" {title};") for title in episode.candidate_titles]
         asked = template.message("user", [*codec.encode("Candidates:"), *(t for title in titles for t in title)])
-        tokens = [*template.bos, *asked, *template.headers["assistant"]]
-        is_answer = [False] * len(tokens)
-        for i in rng.permutation(len(titles)):
-            tokens += titles[i]
-            is_answer += [False] + [True] * (len(titles[i]) - 1)
+        question = [*template.bos, *asked, *template.headers["assistant"]]
+        answer = [token for title in titles for token in title]
+        tokens, is_answer = question + answer, [False] * len(question) + [True] * len(answer)
         lessons.append(Lesson(tokens=tokens, is_answer=is_answer))
     return lessons
 

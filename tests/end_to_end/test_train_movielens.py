@@ -38,7 +38,8 @@ def short_run(data: Path, model: Path, out: Path, **changes: Any) -> dict[str, A
     tiny_data = {
         "data__path": data, "preset": "movielens_cpu", "data__candidates": None, "data__history_length": None,
         "world__num_items": None, "world__num_users": None, "world__interactions_per_user": None,
-        "model__path": model, "model__tokenizer_size": 500, "sft__num_steps": 3, "train__num_steps": 1,
+        "model__path": model, "model__tokenizer_size": 500, "sft__num_steps": 3, "sft__copying_steps": 2,
+        "train__num_steps": 1,
     }  # fmt: skip
     train.main(tiny.arguments(out=out, **(tiny_data | changes)))
     return json.loads((out / "evaluation.json").read_text())

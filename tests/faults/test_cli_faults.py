@@ -7,7 +7,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from coars_fast import cli
-from coars_fast.config import Config, check
+from coars_fast.config import Config, SFTConfig, check
 from coars_fast.errors import CoarsError, ConfigError
 
 
@@ -111,9 +111,24 @@ def test_no_number_may_be_negative():
             check(with_setting(name, -1))
 
 
-@pytest.mark.parametrize("name", ["sft.num_steps", "train.warmup_steps", "eval.num_samples", "eval.num_disc_users"])
+@pytest.mark.parametrize(
+    "name",
+    ["sft.num_steps", "sft.copying_steps", "train.warmup_steps", "eval.num_samples", "eval.num_disc_users"],
+)
 def test_what_can_be_left_out_may_be_zero(name):
     check(with_setting(name, 0))
+
+
+def test_copying_takes_at_most_all_steps_of_the_warm_start():
+    def config(copying_steps, num_steps):
+        return replace(Config(), sft=SFTConfig(copying_steps=copying_steps, num_steps=num_steps))
+
+    for fits in ((0, 0), (0, 5), (4, 5), (5, 5)):
+        check(config(*fits))
+    with pytest.raises(ConfigError, match=r"^sft.copying_steps: 6 .*sft.num_steps \(5\)"):
+        check(config(6, 5))
+    with pytest.raises(ConfigError, match="^sft.copying_steps: -1 must not be negative"):
+        check(config(-1, 5))
 
 
 def test_a_config_file_of_another_version():

@@ -67,6 +67,9 @@ CONTRADICTIONS: list[tuple[dict[str, Any], list[str]]] = [
         ["model.tokenizer_size: 299"],
     ),
     ({"train__final_learning_rate": "1.5"}, ["train.final_learning_rate", "between 0 and 1"]),
+    ({"sft__copying_steps": 3}, ["sft.copying_steps: 3", "sft.num_steps (2)"]),
+    ({"preset": "movielens_cpu", "data__path": "ml", "sft__copying_steps": None}, ["sft.copying_steps: ", "(2)"]),
+    ({"sft__copying_steps": -1}, ["sft.copying_steps: -1", "negative"]),
 ]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from coars_fast.config import Config
 from coars_fast.data.records import Trajectory
+from coars_fast.learn.objective import Baseline
 from coars_fast.learn.step import Learner
 from coars_fast.model.decoder import Decoder
 from coars_fast.model.lora import adapter_parameters
@@ -73,22 +74,28 @@ def plain(
     found: list[Trajectory],
     objective: str = "faithful",
     *,
-    baseline: bool = False,
+    baseline: Baseline = "none",
     credit_weight: float = 0.1,
     kl_weight: float = 0.0,
 ) -> Gradients:
     """Gradients of -J by the simplest means."""
     decoder = tiny.random_decoder()
-    means = {}
-    for agent in (0, 1):
+
+    def mean_reward(agent: int, number: int) -> float:
+        """What is subtracted from the agent's reply of this number (from 0)."""
+        if baseline == "none":
+            return 0.0
         turns = [turn for t in found if t.agent == agent for turn in t.turns]
+        if baseline == "turn":
+            turns = [t.turns[number] for t in found if t.agent == agent and len(t.turns) > number]
         total = sum(turn.weight for turn in turns)
-        means[agent] = sum(turn.weight * turn.reward for turn in turns) / total if baseline and total else 0.0
+        return sum(turn.weight * turn.reward for turn in turns) / total if total else 0.0
+
     num_episodes = len({t.episode for t in found})
     loss = torch.zeros(())
     for t in found:
         behaviour = torch.tensor(t.behaviour_logp).split([turn.end - turn.start for turn in t.turns])
-        for turn, behaviour_n in zip(t.turns, behaviour, strict=True):
+        for number, (turn, behaviour_n) in enumerate(zip(t.turns, behaviour, strict=True)):
             context, reply = list(t.tokens[: turn.start]), list(t.tokens[turn.start : turn.end])
             y = len(reply)
             logp = tiny.sequence_logp(decoder, context + reply, t.agent)[-y:]
@@ -97,7 +104,7 @@ def plain(
                 teacher = tiny.sequence_logp(decoder, teacher_context + reply, t.agent)[-y:]
                 base = tiny.sequence_logp(decoder, context + reply, None)[-y:]
             credit = (teacher - logp.detach()).clamp(-1, 1)  # Eq. 10
-            advantage = turn.reward - means[t.agent] + credit_weight * credit  # Eq. 12
+            advantage = turn.reward - mean_reward(t.agent, number) + credit_weight * credit  # Eq. 12
             difference = base - logp
             terms = PLAIN[objective](logp, behaviour_n, advantage) - kl_weight * (difference.exp() - difference - 1)
             loss = loss - turn.weight / num_episodes * terms.sum() / y  # Eq. 11
@@ -125,7 +132,9 @@ def test_the_fixture_has_all_kinds_of_turns(episodes: list[Trajectory]) -> None:
     assert {agent for agent, _ in turns} == {0, 1}
     assert any(turn.weight == 0 for _, turn in turns)
     assert len({turn.weight for agent, turn in turns if agent == 1}) > 1  # balanced
-    assert any(len(t.turns) > 1 for t in episodes)
+    for agent in (0, 1):  # second replies that count, beside shorter conversations: the baseline differs by reply
+        assert any(len(t.turns) > 1 and t.turns[1].weight for t in episodes if t.agent == agent)
+        assert any(len(t.turns) == 1 for t in episodes if t.agent == agent)
 
 
 def test_faithful_is_equations_10_to_12(episodes: list[Trajectory]) -> None:
@@ -154,7 +163,7 @@ def test_ratio_objectives_away_from_ratio_1(episodes: list[Trajectory], objectiv
     found, metrics = update(moved, settings(objective))
     assert metrics["clip_fraction"] > 0.02
     assert metrics["logp_difference"] > 0.05
-    assert_close(found, plain(moved, objective, baseline=True))
+    assert_close(found, plain(moved, objective, baseline="turn"))
 
 
 @pytest.mark.parametrize("objective", ["clipped", "cispo", "gspo"])
@@ -162,12 +171,18 @@ def test_at_ratio_1_every_objective_is_faithful_with_a_baseline(episodes: list[T
     found, metrics = update(episodes, settings(objective))
     assert metrics["clip_fraction"] == 0 and metrics["ratio_mean"] == pytest.approx(1, abs=1e-5)
     assert metrics["logp_difference_max"] < 1e-4
-    assert_close(found, plain(episodes, "faithful", baseline=True), 2e-5)
+    assert_close(found, plain(episodes, "faithful", baseline="turn"), 2e-5)
 
 
 def test_the_baseline_can_be_switched_either_way(episodes: list[Trajectory]) -> None:
-    with_baseline, _ = update(episodes, settings("faithful", loss={"baseline": "batch"}))
-    assert_close(with_baseline, plain(episodes, baseline=True))
+    found = []
+    for baseline in ("batch", "turn"):
+        with_baseline, _ = update(episodes, settings("faithful", loss={"baseline": baseline}))
+        assert_close(with_baseline, plain(episodes, baseline=baseline))
+        found.append(with_baseline)
+    assert all((found[0][name] - found[1][name]).norm() > 0.01 * found[0][name].norm() for name in found[0])
+    batch, _ = update(episodes, settings("clipped", loss={"baseline": "batch"}))
+    assert_close(batch, plain(episodes, "clipped", baseline="batch"), 2e-5)
     without, _ = update(episodes, settings("clipped", loss={"baseline": "none"}))
     assert_close(without, plain(episodes, "clipped"), 2e-5)
 
@@ -175,7 +190,7 @@ def test_the_baseline_can_be_switched_either_way(episodes: list[Trajectory]) -> 
 def test_the_divergence_from_the_base_is_k3(episodes: list[Trajectory]) -> None:
     found, metrics = update(episodes, settings("clipped", loss={"kl_weight": 0.5}))
     assert metrics["kl"] > 1e-3
-    assert_close(found, plain(episodes, "clipped", baseline=True, kl_weight=0.5))
+    assert_close(found, plain(episodes, "clipped", baseline="turn", kl_weight=0.5))
 
 
 @pytest.mark.parametrize("objective", ["faithful", "clipped", "cispo", "gspo"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from coars_fast.data.records import TrainedTurn, Trajectory
-from coars_fast.learn.objective import normalise
+from coars_fast.learn.objective import Baseline, normalise
 
 
 def trajectory(agent: int, *turns: tuple[float, float], episode: int = 0) -> Trajectory:
@@ -53,13 +53,41 @@ def test_the_batch_baseline_is_each_agents_weighted_mean_without_excluded_turns(
         assert sum(turn.weight * turn.reward for turn in turns) == pytest.approx(0.0)
 
 
-def test_an_agent_whose_turns_are_all_excluded_keeps_finite_rewards() -> None:
-    found = normalise([trajectory(1, (-1.0, 0.0))], baseline="batch", num_episodes=1)
+TWO_TURNS = [
+    trajectory(0, (1.0, 1.0), (-1.0, 1.0)),
+    trajectory(1, (0.5, 2.0), (-0.5, 1.0)),
+    trajectory(0, (0.2, 3.0), (-0.4, 1.0), episode=1),
+    trajectory(1, (-0.25, 2.0), (0.1, 2.0), episode=1),
+]
+
+
+def test_the_turn_baseline_is_the_weighted_mean_of_an_agents_replies_of_the_same_number() -> None:
+    # recommender: first (1 + 3 * .2) / 4 = .4, second (-1 - .4) / 2 = -.7
+    # user: first (2 * .5 - 2 * .25) / 4 = .125, second (-.5 + 2 * .1) / 3 = -.1
+    found = normalise(TWO_TURNS, baseline="turn", num_episodes=2)
+    assert rewards(found) == pytest.approx([0.6, -0.3, 0.375, -0.4, -0.2, 0.3, -0.375, 0.2])
+    assert weights(found) == pytest.approx([w / 2 for w in weights(TWO_TURNS)])
+    # One mean for all, (1 - 1 + .6 - .4) / 6 = .2 / 6, pushes both second replies of the recommender down.
+    together = normalise(TWO_TURNS, baseline="batch", num_episodes=2)
+    assert rewards(together)[0:2] == pytest.approx([1 - 0.2 / 6, -1 - 0.2 / 6])
+    assert rewards(together)[5] == pytest.approx(-0.4 - 0.2 / 6)
+
+
+def test_the_turn_baseline_leaves_excluded_turns_out_and_shorter_conversations_have_their_first_replies_in() -> None:
+    # recommender: (1 + .25) / 2 = .625, -.5 alone, and no counted third reply; user: (2 * .2 - .5 * .4) / 2.5, .8 alone
+    found = normalise(BATCH, baseline="turn", num_episodes=2)
+    assert rewards(found) == pytest.approx([0.375, 0.0, 9.0, 0.12, -0.375, -0.48, 0.0])
+
+
+@pytest.mark.parametrize("baseline", ["batch", "turn"])
+def test_an_agent_whose_turns_are_all_excluded_keeps_finite_rewards(baseline: Baseline) -> None:
+    found = normalise([trajectory(1, (-1.0, 0.0))], baseline=baseline, num_episodes=1)
     assert rewards(found) == [-1.0] and weights(found) == [0.0]
 
 
-def test_everything_else_is_left_alone() -> None:
-    found = normalise(BATCH, baseline="batch", num_episodes=3)
+@pytest.mark.parametrize("baseline", ["none", "batch", "turn"])
+def test_everything_else_is_left_alone(baseline: Baseline) -> None:
+    found = normalise(BATCH, baseline=baseline, num_episodes=3)
     assert [(t.episode, t.agent, t.tokens, t.behaviour_logp) for t in found] == [
         (t.episode, t.agent, t.tokens, t.behaviour_logp) for t in BATCH
     ]

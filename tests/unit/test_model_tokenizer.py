@@ -47,3 +47,27 @@ def test_a_transplanted_token_is_the_mean_of_what_spelled_it() -> None:
                 spelled = [old.get_vocab()[c] for c in token]
             assert torch.allclose(decoder.model.embed_tokens.weight[at], before[spelled].mean(0), atol=1e-6)
             assert torch.allclose(decoder.head_weight[at], head[spelled].mean(0), atol=1e-6)
+
+
+def test_titles_become_tokens_with_the_space_before_them_and_nothing_is_lost() -> None:
+    titles = ["Toy Story (1995)", "Heat", "Heat 2", "<|im_end|>", "naïve café"]
+    codec = TextCodec(train_tokenizer(TEXTS, 300, titles[:3] + titles[4:]))
+    assert len(codec.encode(" Toy Story (1995)")) == len(codec.encode(" Heat 2")) == 1
+    for text in (
+        "Item: Toy Story (1995)\nItem: Heat",
+        "Preheating; Heater\n Heat 2",
+        "Toy Story (1995)",
+        " <|im_end|>",
+    ):
+        assert codec.decode(codec.encode(text)) == text
+        assert not set(codec.encode(text)) & make_template(codec).control
+
+
+def test_a_transplanted_title_is_random_and_reproducible() -> None:
+    old, new = train_tokenizer(TEXTS, 300), train_tokenizer(TEXTS, 300, ["Toy Story (1995)", "Heat"])
+    one, two = small(len(old), True), small(len(old), True)
+    transplant(one, old, new)
+    transplant(two, old, new)
+    row = new.get_vocab()[" Heat"]
+    assert torch.equal(one.head_weight[row], two.head_weight[row])
+    assert 0.3 < (one.head_weight[row].std() / one.head_weight.std()).item() < 3
