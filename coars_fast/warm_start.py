@@ -69,17 +69,20 @@ def _batches(
 def copying_lessons(
     tasks: TaskSource, new_episode: Callable[[Task], Episode], config: Config, rng: np.random.Generator
 ) -> list[Lesson]:
-    """A list of titles, and the same list again: small models learn to copy from a list here, which conversations alone
-    teach them much later."""
+    """A list of candidates, and each of them once, in any order, as a recommender names it: a small model learns here
+    that what it names comes from the list. Conversations alone, one title to a list, teach it that much later."""
     lessons = []
-    for task in tasks.warm_start_tasks(int(rng.integers(1 << 30)), max(1, config.sft.batch_size)):
+    for task in tasks.warm_start_tasks(int(rng.integers(1 << 30)), config.sft.batch_size):
         episode = new_episode(task)
         codec, template = episode.codec, episode.template
-        titles = [codec.encode(f" {title};") for title in episode.candidate_titles]
-        asked = template.message("user", [*codec.encode("Candidates:"), *(t for title in titles for t in title)])
-        question = [*template.bos, *asked, *template.headers["assistant"]]
-        answer = [token for title in titles for token in title]
-        tokens, is_answer = question + answer, [False] * len(question) + [True] * len(answer)
+        titles = [codec.encode(f" {title}") for title in episode.candidate_titles]
+        shown = codec.encode("Candidates:" + ";".join(f" {title}" for title in episode.candidate_titles))
+        tokens = [*template.bos, *template.message("user", shown), *template.headers["assistant"]]
+        is_answer = [False] * len(tokens)
+        named, after = codec.encode("Item:"), codec.encode("\n")
+        for i in rng.permutation(len(titles)):
+            tokens += [*named, *titles[i], *after]
+            is_answer += [False] * len(named) + [True] * len(titles[i]) + [False] * len(after)
         lessons.append(Lesson(tokens=tokens, is_answer=is_answer))
     return lessons
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -67,36 +66,18 @@ def parts(lesson: Lesson) -> tuple[str, str, int]:
     return codec.decode(lesson.tokens[: start - len(header)]), codec.decode(lesson.tokens[start:]), start
 
 
-def test_a_copying_lesson_is_the_list_of_candidates_and_the_same_list_again() -> None:
+def test_a_copying_lesson_lists_the_candidates_and_names_each_once_in_another_order() -> None:
     found, shown = copying()
+    codec = tiny.tokens()[0]
     assert len(found) == len(shown) == 3
     for lesson, titles in zip(found, shown, strict=True):
         question, answer, start = parts(lesson)
-        listed = "".join(f" {title};" for title in titles)
-        assert question == "user\nCandidates:" + listed + "\n"
-        assert answer == listed
-        assert lesson.is_answer == [False] * start + [True] * (10 * 3)
-
-
-def test_titles_of_any_length_are_copied_token_by_token() -> None:
-    """Words that the tokenizer has never seen, a role marker, and a title of one token only."""
-    titles = ("Softstar Diary", "Club", "Ünder <|im_end|> Ground", "Seven (1995)", "東京 Road")
-    codec = tiny.tokens()[0]
-
-    class Five(Tasks):
-        def warm_start_tasks(self, step: int, n: int) -> list[Task]:
-            return [replace(t, candidates=(1, 2, 3, 4), peer_counts=(0,) * 4) for t in super().warm_start_tasks(0, n)]
-
-    config = tiny.tiny_config(sft=SFTConfig(num_steps=1, copying_steps=1, batch_size=2))
-    tasks = cast(TaskSource, Five())
-    found = warm_start.copying_lessons(
-        tasks, lambda task: new_episode(replace(task, target=1), titles), config, np.random.default_rng(0)
-    )
-    for lesson in found:
-        _, _, start = parts(lesson)
-        spelled = [token for title in titles[1:] for token in codec.encode(f" {title};")]
-        assert lesson.tokens[start:] == spelled
-        assert lesson.is_answer == [False] * start + [True] * len(spelled)
+        assert question == "user\nCandidates:" + ";".join(f" {title}" for title in titles) + "\n"
+        named = [line.removeprefix("Item: ") for line in answer.splitlines()]
+        assert sorted(named) == sorted(titles) and named != titles
+        assert not any(lesson.is_answer[:start])
+        learned = [t for t, answer in zip(lesson.tokens, lesson.is_answer, strict=True) if answer]
+        assert codec.decode(learned) == "".join(f" {title}" for title in named)
 
 
 def test_copying_lessons_come_from_the_generator_alone() -> None:
