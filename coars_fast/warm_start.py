@@ -56,7 +56,7 @@ def _batches(
     for step in range(config.sft.num_steps):
         rng = np.random.default_rng([config.seed, 77, step])
         if step < copying:
-            yield copying_lessons(tasks, new_episode, config, rng), None
+            yield copying_lessons(tasks, new_episode, config, rng, in_order=3 * step < copying), None
             continue
         pairs = [
             pair
@@ -67,22 +67,34 @@ def _batches(
 
 
 def copying_lessons(
-    tasks: TaskSource, new_episode: Callable[[Task], Episode], config: Config, rng: np.random.Generator
+    tasks: TaskSource,
+    new_episode: Callable[[Task], Episode],
+    config: Config,
+    rng: np.random.Generator,
+    *,
+    in_order: bool,
 ) -> list[Lesson]:
-    """A list of candidates, and each of them once, in any order, as a recommender names it: a small model learns here
-    that what it names comes from the list. Conversations alone, one title to a list, teach it that much later."""
+    """Lists of candidates to copy from: a small model learns here that what it names comes from the list.
+    Conversations alone, one title to a list, teach it that much later.
+
+    Args:
+        tasks, new_episode, config: as in `warm_start`.
+        rng: draws tasks and orders.
+        in_order: the same list again, word for word (learned first); otherwise each title once, in any order, as a
+            recommender names it.
+    """
     lessons = []
     for task in tasks.warm_start_tasks(int(rng.integers(1 << 30)), config.sft.batch_size):
         episode = new_episode(task)
         codec, template = episode.codec, episode.template
         titles = [codec.encode(f" {title}") for title in episode.candidate_titles]
-        shown = codec.encode("Candidates:" + ";".join(f" {title}" for title in episode.candidate_titles))
+        shown = codec.encode("Candidates:" + "".join(f" {title};" for title in episode.candidate_titles))
         tokens = [*template.bos, *template.message("user", shown), *template.headers["assistant"]]
         is_answer = [False] * len(tokens)
-        named, after = codec.encode("Item:"), codec.encode("\n")
-        for i in rng.permutation(len(titles)):
-            tokens += [*named, *titles[i], *after]
-            is_answer += [False] * len(named) + [True] * len(titles[i]) + [False] * len(after)
+        before, after = ([], codec.encode(";")) if in_order else (codec.encode("Item:"), codec.encode("\n"))
+        for i in range(len(titles)) if in_order else rng.permutation(len(titles)):
+            tokens += [*before, *titles[i], *after]
+            is_answer += [False] * len(before) + [True] * len(titles[i]) + [False] * len(after)
         lessons.append(Lesson(tokens=tokens, is_answer=is_answer))
     return lessons
 

@@ -44,7 +44,9 @@ def new_episode(task: Task, titles: Sequence[str] = TITLES) -> Episode:
     return Episode(task, titles, *tiny.tokens(), tiny.GAME)
 
 
-def copying(seed: int = 0, titles: Sequence[str] = TITLES, batch_size: int = 3) -> tuple[list[Lesson], list[list[str]]]:
+def copying(
+    seed: int = 0, titles: Sequence[str] = TITLES, batch_size: int = 3, in_order: bool = False
+) -> tuple[list[Lesson], list[list[str]]]:
     """Lessons of a batch, and each one's candidates in order."""
     tasks, shown = Tasks(), []
 
@@ -53,7 +55,9 @@ def copying(seed: int = 0, titles: Sequence[str] = TITLES, batch_size: int = 3) 
         return new_episode(task, titles)
 
     config = tiny.tiny_config(sft=SFTConfig(num_steps=4, copying_steps=2, batch_size=batch_size))
-    found = warm_start.copying_lessons(cast(TaskSource, tasks), listed, config, np.random.default_rng(seed))
+    found = warm_start.copying_lessons(
+        cast(TaskSource, tasks), listed, config, np.random.default_rng(seed), in_order=in_order
+    )
     assert [n for _, n in tasks.asked] == [batch_size]
     return found, shown
 
@@ -72,12 +76,19 @@ def test_a_copying_lesson_lists_the_candidates_and_names_each_once_in_another_or
     assert len(found) == len(shown) == 3
     for lesson, titles in zip(found, shown, strict=True):
         question, answer, start = parts(lesson)
-        assert question == "user\nCandidates:" + ";".join(f" {title}" for title in titles) + "\n"
+        assert question == "user\nCandidates:" + "".join(f" {title};" for title in titles) + "\n"
         named = [line.removeprefix("Item: ") for line in answer.splitlines()]
         assert sorted(named) == sorted(titles) and named != titles
         assert not any(lesson.is_answer[:start])
         learned = [t for t, answer in zip(lesson.tokens, lesson.is_answer, strict=True) if answer]
         assert codec.decode(learned) == "".join(f" {title}" for title in named)
+
+
+def test_the_first_copying_lessons_repeat_the_list_word_for_word() -> None:
+    for lesson, titles in zip(*copying(in_order=True), strict=True):
+        _, answer, start = parts(lesson)
+        assert answer == "".join(f" {title};" for title in titles)
+        assert lesson.is_answer == [False] * start + [True, True, False] * 10
 
 
 def test_copying_lessons_come_from_the_generator_alone() -> None:
