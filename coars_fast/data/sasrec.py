@@ -12,7 +12,6 @@ Shapes: B sequences, L positions, H hidden size, V items, R predicted positions,
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from coars_fast.config import SASRecConfig
 from coars_fast.errors import ConfigError, DataError, MissingModelError, ModelError, NonFiniteError
+from coars_fast.state.files import atomic_write_bytes
 
 Progress = Callable[[int, int, float], None]
 """Called after every epoch with (epochs done, epochs in all, mean loss in nats)."""
@@ -155,18 +155,9 @@ class SASRec(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all: a crash leaves the old file or none."""
-        path = Path(path)
         metadata = {"format": _FORMAT, "num_items": str(self.num_items), "config": json.dumps(asdict(self.config))}
         data = encode_safetensors({k: v.contiguous() for k, v in self.state_dict().items()}, metadata=metadata)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        atomic_write_bytes(Path(path), data)
 
     @classmethod
     def load(cls, path: str | Path) -> SASRec:

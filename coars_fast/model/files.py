@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,39 +13,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from coars_fast.errors import MissingModelError, ModelError
+from coars_fast.state.files import atomic_write_text, replace_with
 
 __all__ = ["open_safetensors", "read_json", "write_json", "write_safetensors"]
-
-
-def _replace_with(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, then put it in place: readers see the old file or the new one, whole."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(beside)
-        with open(beside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-    if os.name == "posix":  # the rename itself must survive a crash, too
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write `content` as indented JSON, atomically."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    _replace_with(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+    atomic_write_text(path, text)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write named tensors, atomically; views and tensors of any device are fine."""
     # Sharing storage is refused by the format, and a tensor that is a view would drag its whole storage along.
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    _replace_with(path, lambda beside: save_file(whole, beside, metadata={"format": "pt"}))
+    replace_with(path, lambda beside: save_file(whole, beside, metadata={"format": "pt"}))
 
 
 def read_json(path: Path) -> dict[str, Any]:

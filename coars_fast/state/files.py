@@ -10,29 +10,32 @@ import json
 import math
 import os
 import shutil
-import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from coars_fast.errors import RunFolderError
 
 
-def atomic_write_bytes(path: Path, data: bytes) -> None:
-    """`path` holds either what it held before or all of `data`, even if the process or the machine dies meanwhile."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+def replace_with(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside `path`, then put it in place: `path` holds either what it held before or all of
+    the new content, even if the process or the machine dies meanwhile."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        # mkstemp makes files that only their owner may read; a run folder is shared like any other file.
-        os.fchmod(descriptor, 0o666 & ~_umask())
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
+        write(beside)
+        # Some writers make files that only their owner may read; a run folder is shared like any other file.
+        beside.chmod(0o666 & ~_umask())
+        with open(beside, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
     fsync_folder(path.parent)
+
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """:func:`replace_with` of bytes."""
+    replace_with(path, lambda beside: beside.write_bytes(data))
 
 
 def atomic_write_text(path: Path, text: str) -> None:
