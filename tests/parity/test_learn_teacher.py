@@ -57,7 +57,7 @@ def test_a_reference_matters_and_none_gives_no_credit() -> None:
 
 
 @torch.no_grad()
-def test_without_a_reference_a_single_turn_has_bitwise_no_credit() -> None:
+def test_without_a_reference_a_single_turn_has_bitwise_the_same_hidden_states_and_no_credit() -> None:
     """One sequence that ends with the reply: student and teacher then compute the same rows in the same shapes."""
     decoder = tiny.random_decoder()
     t = without_references(tiny.scripted_trajectories(decoder, 1))[0]
@@ -73,10 +73,12 @@ def test_without_a_reference_a_single_turn_has_bitwise_no_credit() -> None:
     cut = torch.tensor([0, turn.end - 1], dtype=torch.int32)  # the student without its last token, as the branch is
     student = decoder(batch.token_ids[:-1], batch.position_ids[:-1], PackedAttention(cut), batch.agent_ids[:-1])
     teacher = decoder(inputs.token_ids, inputs.position_ids, PackedAttention(inputs.cu_seqlens), inputs.agent_ids)
+    assert torch.equal(student[batch.rows], teacher[inputs.rows])
     logp, teacher_logp = paired_linear_logprob(
         student[batch.rows], teacher[inputs.rows], decoder.head_weight, batch.target
     )
-    assert torch.equal(logp, teacher_logp)
+    # The head's product rounds by where a row stands once several threads share it.
+    assert (logp - teacher_logp).abs().max() <= 8 * torch.finfo(torch.float32).eps * logp.abs().max()
 
 
 def test_a_step_without_references_is_a_step_without_credit() -> None:

@@ -19,9 +19,9 @@ def paired_linear_logprob(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the same targets under the student's and the teacher's hidden states (Eq. 10), in nats.
 
-    Student and teacher rows go through the head in one matrix product per chunk, so the weight is read once for both,
-    and equal rows give exactly equal log-probabilities. No gradient reaches `teacher`, nor `weight` through the
-    teacher.
+    Student and teacher rows go through the head in one matrix product per chunk, so the weight is read once for both;
+    equal rows give equal log-probabilities but for that product's rounding, which with several threads depends on where
+    a row stands. No gradient reaches `teacher`, nor `weight` through the teacher.
 
     Args:
         student: [R, H] fp32, bf16 or fp16 hidden states with gradient.
