@@ -54,7 +54,7 @@ def test_against_float64() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equal_rows_give_equal_values_but_for_the_rounding_of_the_product(rows: int, dtype: torch.dtype) -> None:
     # Not bitwise: with several threads the library's product sums a row in an order that depends on where it stands.
-    # Logits are fp32 sums of 40 products whatever the inputs' dtype; 8 units in the last place of the largest bound that.
+    # Logits are fp32 sums of 40 products whatever the inputs' dtype: 8 units in the last place bound that.
     student, _, weight, target = case(rows, 503, 40)
     student, weight = student.to(dtype), weight.to(dtype)
     logp, teacher_logp = paired_linear_logprob(student.requires_grad_(), student.detach(), weight, target, chunk_rows=7)
