@@ -23,7 +23,7 @@ BELOW = 1e-4  # a score at an open end is moved this far inside
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSet:
-    """Texts with named fields; a text of None is left out."""
+    """Texts with named fields."""
 
     system_rec: str
     first_rec: str
