@@ -15,6 +15,7 @@ from coars_fast.data.records import Dataset, Task
 from coars_fast.data.sasrec import SASRec, train_sasrec
 from coars_fast.data.splits import make_split
 from coars_fast.data.tasks import TaskSource
+from coars_fast.data.world import KINDS
 from coars_fast.errors import ConfigError, ModelError
 from coars_fast.game.episode import Episode
 from coars_fast.game.template import TextCodec, TokenTemplate, make_template
@@ -22,7 +23,7 @@ from coars_fast.model.attention import choose_backend
 from coars_fast.model.decoder import Decoder
 from coars_fast.model.load import load_decoder, load_tokenizer, save_decoder
 from coars_fast.model.lora import add_adapters
-from coars_fast.model.tokenizer import train_tokenizer, transplant
+from coars_fast.model.tokenizer import add_titles
 from coars_fast.progress import Screen
 from coars_fast.warm_start import warm_start
 
@@ -73,12 +74,11 @@ def build(config: Config, folder: Path, screen: Screen, *, adapters_follow: bool
     backend, _ = choose_backend(device, dtype, config.model.attention)
     tokenizer = load_tokenizer(source)
     if fresh and config.model.tokenizer == "catalogue":
-        texts = _prompt_texts(config)
         # A title that is part of a prompt ("It", "Note") would tear its words apart; such a one stays spelled out.
-        whole = [title for title in dataset.titles if not any(title in text for text in set(texts))]
-        new = train_tokenizer(texts, config.model.tokenizer_size, whole)
-        transplant(decoder, tokenizer, new)
-        tokenizer = new
+        texts = _prompt_texts(config)
+        whole = [i for i, title in enumerate(dataset.titles) if not any(title in text for text in texts)]
+        vectors = tasks.maker.sasrec.item_embedding.weight[whole]
+        tokenizer = add_titles(decoder, tokenizer, [dataset.titles[i] for i in whole], vectors, like=list(KINDS))
     codec = TextCodec(tokenizer)
     _check_vocabulary(codec, decoder, source)
     template = make_template(codec)
@@ -154,11 +154,10 @@ def _sasrec(config: Config, dataset: Dataset, folder: Path, screen: Screen) -> S
 
 
 def _prompt_texts(config: Config) -> list[str]:
-    """What a `catalogue` tokenizer learns beside the titles: the prompts, the reply formats, the warm start's words."""
-    from coars_fast.game.prompts import ACTIONS, PROMPTS
+    """All that an agent reads or writes beside titles."""
+    from coars_fast.game.prompts import ACTIONS, PROMPTS, format_judgement, format_recommendation
+    from coars_fast.warm_start import NOT_WANTED, WANTED, reason
 
     prompts = [str(text) for text in vars(PROMPTS[config.game.prompts]).values()]
-    words = ["system\n", "user\n", "assistant\n", *(f"Action: {action}\nScore: 0.85" for action in ACTIONS)]
-    replies = ["Reason: fits the history.\nItem:", "that is what I want.", "not what I want."]
-    scores = [f"Score: 0.{n:02d}" for n in range(0, 100, 5)]
-    return (prompts + words + replies + scores) * 20
+    replies = [format_judgement(words, action, 0.5) for words in (WANTED, NOT_WANTED) for action in ACTIONS]
+    return [*prompts, *replies, format_recommendation(reason(""), "")]

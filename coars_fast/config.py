@@ -53,6 +53,8 @@ class DataConfig:
     """Similar users whose choices the user agent hears about."""
     min_interactions: int = 5
     """Users with fewer interactions are left out."""
+    min_item_interactions: int = 0
+    """Items with fewer interactions are left out, before users are counted and again after, until both hold."""
     train_targets: int = 1
     """Items at the end of each user's history (before the test item) used as targets of training episodes. SASRec and
     the peers see only what comes before them."""
@@ -96,10 +98,8 @@ class ModelConfig:
     """Hugging Face folder or hub id of a Llama, Qwen2 or Qwen3 model (safetensors). Default: the shipped
     `tiny_base`."""
     tokenizer: Literal["own", "catalogue"] = "own"
-    """`own`: the model's. `catalogue`: a byte-level BPE of the prompts with every title of the catalogue as one more
-    token; needs `--warm-start`, which teaches the new embeddings."""
-    tokenizer_size: int = 768
-    """Learned entries of a `catalogue` tokenizer, beside the titles."""
+    """`own`: the model's. `catalogue`: the same with every title of the catalogue as one more token, placed by SASRec's
+    item vectors; for the shipped model, which cannot spell titles, and with `--warm-start`, which teaches them."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Storage of the base weights; `auto`: float32 on a CPU, bfloat16 on a GPU. Adapters are always float32."""
     device: str = "auto"
@@ -206,11 +206,11 @@ class SFTConfig:
 
     num_steps: int = 600
     """Supervised steps."""
-    copying_steps: int = 0
-    """How many of them come first and teach copying titles from lists; a small model with a new tokenizer needs several
-    hundred (only with `--sft.trainable all`)."""
+    finding_steps: int = 0
+    """How many of them come first and teach finding items in lists that grow with success; a small model with a
+    `catalogue` tokenizer needs several hundred (only with `--sft.trainable all`)."""
     batch_size: int = 64
-    """Conversations a step."""
+    """Conversations a step, or as many lists."""
     learning_rate: float = 2e-3
     """AdamW's learning rate."""
     trainable: Literal["all", "adapters"] = "all"
@@ -309,9 +309,9 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "must not be negative",
         lambda value: value >= 0,
-        "seed world.seed sasrec.seed data.eval_seed data.num_peers sasrec.num_epochs sasrec.dropout "
-        "game.alpha loss.credit_weight loss.kl_weight loss.clip_low loss.clip_high train.num_steps "
-        "train.user_learning_rate_factor train.warmup_steps train.weight_decay sft.num_steps sft.copying_steps "
+        "seed world.seed sasrec.seed data.eval_seed data.min_item_interactions data.num_peers sasrec.num_epochs "
+        "sasrec.dropout game.alpha loss.credit_weight loss.kl_weight loss.clip_low loss.clip_high train.num_steps "
+        "train.user_learning_rate_factor train.warmup_steps train.weight_decay sft.num_steps sft.finding_steps "
         "eval.every eval.num_samples eval.num_disc_users",
     ),
     ("must lie between 0 and 1", lambda value: 0 <= value <= 1, "train.final_learning_rate"),
@@ -387,12 +387,12 @@ def _contradictions(config: Config) -> list[str]:
             "model.tokenizer: 'catalogue' makes new embeddings, which need --warm-start and --sft.trainable all",
         ),
         (
-            catalogue and model.tokenizer_size < 300,
-            f"model.tokenizer_size: {model.tokenizer_size} must be at least 300, room for all bytes and some words",
+            sft.finding_steps > 0 and sft.trainable == "adapters",
+            "sft.finding_steps: lists are learned by the base model; use --sft.trainable all, or 0 steps",
         ),
         (
-            sft.copying_steps > sft.num_steps,
-            f"sft.copying_steps: {sft.copying_steps} are more than all steps, sft.num_steps ({sft.num_steps})",
+            sft.finding_steps > sft.num_steps,
+            f"sft.finding_steps: {sft.finding_steps} are more than all steps, sft.num_steps ({sft.num_steps})",
         ),
     )
     return [problem for broken, problem in rules if broken]

@@ -1,9 +1,10 @@
 """The warm start (`--warm-start`): supervised fine-tuning on conversations written from the training part.
 
-A model that never saw the reply formats, or was given a new tokenizer, learns them here, with what the training part
-says about users: conversations in which the recommender names the item that was really taken, and the user agent takes
-it and turns others down. Some replies follow a reference, so that the teacher of CoARS can. It is plain imitation:
-CoARS comes after.
+A model that never saw the reply formats, or was given new tokens, learns them here, with what the training part says
+about users: conversations in which the recommender names the item that was really taken, because of the item of the
+history that is most like it, and the user agent takes it and turns others down. Some replies follow a reference, so
+that the teacher of CoARS can. A small model first learns to find items in lists. It is plain imitation: CoARS comes
+after.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 
 from coars_fast.config import Config
 from coars_fast.data.records import Lesson, Task
+from coars_fast.data.sasrec import ItemSpace
 from coars_fast.data.tasks import TaskSource
 from coars_fast.game.episode import RECOMMENDER, USER, Episode, Reply
 from coars_fast.game.prompts import format_judgement, format_recommendation, name_item
@@ -26,6 +28,21 @@ REFERENCE_RATE = 0.2
 """Share of conversations whose last replies are learned after a reference."""
 WRONG_FIRST_RATE = 0.5
 """Share of conversations in which a wrong item comes first (the recommender does not learn that reply)."""
+LISTS_PER_CONVERSATION = 0.25
+"""Lists to find items in that are mixed among the conversations, for each of them, where lists came first."""
+QUERIES = 8
+"""Items to find in a list, at most."""
+ALIKE = 20
+"""An item is looked for by one of so many that are most like it."""
+FOUND = 1.2
+"""Lists grow when the mean loss of `GROW_EVERY` steps is below this, in nats."""
+GROW_EVERY = 10
+WANTED, NOT_WANTED = "that is what I want.", "not what I want."
+
+
+def reason(title: str) -> str:
+    """Why a recommender names an item: another that is like it."""
+    return f"likes {title}."
 
 
 def warm_start(
@@ -36,74 +53,117 @@ def warm_start(
     Raises:
         NonFiniteError: the loss diverged.
     """
-    sft = config.sft
-    with_adapters = sft.trainable == "adapters"
+    sft, teacher = config.sft, WarmStart(tasks, new_episode, config)
     with screen.bar("warm start", sft.num_steps) as advance:
+
+        def progress(step: int, loss: float) -> None:
+            teacher.note(step, loss)
+            stage = f"lists of {teacher.longest}" if step < sft.finding_steps else "conversations"
+            advance(step + 1, f"{stage}, loss {loss:.3f}")
+
         fine_tune(
             decoder,
-            _batches(tasks, new_episode, config, with_adapters),
+            teacher.batches(),
             num_steps=sft.num_steps,
             learning_rate=sft.learning_rate,
             schedule=cosine(),
-            progress=lambda step, loss: advance(step + 1, f"loss {loss:.3f}"),
+            progress=progress,
         )
 
 
-def _batches(
-    tasks: TaskSource, new_episode: Callable[[Task], Episode], config: Config, with_adapters: bool
-) -> Iterator[tuple[list[Lesson], list[int] | None]]:
-    copying = config.sft.copying_steps if config.sft.trainable == "all" else 0
-    for step in range(config.sft.num_steps):
-        rng = np.random.default_rng([config.seed, 77, step])
-        if step < copying:
-            yield copying_lessons(tasks, new_episode, config, rng, in_order=3 * step < copying), None
-            continue
-        pairs = [
-            pair
-            for task in tasks.warm_start_tasks(step, config.sft.batch_size)
-            for pair in conversation(new_episode(task), rng)
-        ]
-        yield [lesson for _, lesson in pairs], [agent for agent, _ in pairs] if with_adapters else None
-
-
-def copying_lessons(
-    tasks: TaskSource,
-    new_episode: Callable[[Task], Episode],
-    config: Config,
-    rng: np.random.Generator,
-    *,
-    in_order: bool,
-) -> list[Lesson]:
-    """Lists of candidates to copy from: a small model learns here that what it names comes from the list.
-    Conversations alone, one title to a list, teach it that much later.
+class WarmStart:
+    """Writes the lessons: lists that grow with success for `sft.finding_steps`, then conversations.
 
     Args:
-        tasks, new_episode, config: as in `warm_start`.
-        rng: draws tasks and orders.
-        in_order: the same list again, word for word (learned first); otherwise each title once, in any order, as a
-            recommender names it.
+        tasks: users and items of the training part, and SASRec.
+        new_episode: makes a fresh conversation about a task.
+        config: settings.
     """
-    lessons = []
-    for task in tasks.warm_start_tasks(int(rng.integers(1 << 30)), config.sft.batch_size):
-        episode = new_episode(task)
-        codec, template = episode.codec, episode.template
-        titles = [codec.encode(f" {title}") for title in episode.candidate_titles]
-        shown = codec.encode("Candidates:" + "".join(f" {title};" for title in episode.candidate_titles))
-        tokens = [*template.bos, *template.message("user", shown), *template.headers["assistant"]]
+
+    def __init__(self, tasks: TaskSource, new_episode: Callable[[Task], Episode], config: Config):
+        self.tasks, self.new_episode, self.config = tasks, new_episode, config
+        self.space = ItemSpace(tasks.maker.sasrec)
+        self.size = tasks.maker.mode.size
+        self.longest = min(3, self.size)
+        """Items in the longest list."""
+        taken = np.bincount(
+            [item for part in tasks.split.train_sequences for item in part], minlength=self.space.num_items
+        )
+        self.popularity = (taken + 1.0) / (taken + 1.0).sum()
+        self._losses: list[float] = []
+
+    def note(self, step: int, loss: float) -> None:
+        """Make lists longer once most items of the present length are found."""
+        if step < self.config.sft.finding_steps:
+            self._losses.append(loss)
+        if len(self._losses) == GROW_EVERY:
+            self.longest = min(self.longest + (float(np.mean(self._losses)) < FOUND), self.size)
+            self._losses.clear()
+
+    def batches(self) -> Iterator[tuple[list[Lesson], list[int] | None]]:
+        """Lessons and their agents (None: the base model alone) of every step."""
+        sft = self.config.sft
+        for step in range(sft.num_steps):
+            rng = np.random.default_rng([self.config.seed, 77, step])
+            if step < sft.finding_steps:
+                yield [self.finding(rng, self.longest) for _ in range(sft.batch_size)], None
+                continue
+            pairs = [
+                pair
+                for task in self.tasks.warm_start_tasks(step, sft.batch_size)
+                for pair in conversation(self.new_episode(task), self.space, rng)
+            ]
+            if sft.trainable == "adapters":
+                yield [lesson for _, lesson in pairs], [agent for agent, _ in pairs]
+                continue
+            lists = round(LISTS_PER_CONVERSATION * sft.batch_size) if sft.finding_steps else 0
+            yield [*(lesson for _, lesson in pairs), *(self.finding(rng, self.size) for _ in range(lists))], None
+
+    def finding(self, rng: np.random.Generator, longest: int) -> Lesson:
+        """Many recommendations from one list, each because of an item of the history: the candidate most like that one
+        is right. Conversations alone, one title to a list, teach a small model that much later.
+
+        Args:
+            rng: draws the list, popular items more often, and the history.
+            longest: items in the list, at most.
+        """
+        shown = rng.choice(len(self.popularity), int(rng.integers(2, longest + 1)), replace=False, p=self.popularity)
+        history: list[int] = []
+        for item in rng.choice(shown, 3 * QUERIES):
+            alike = int(rng.choice(self.space.neighbours(int(item), ALIKE)))
+            if alike not in shown and alike not in history and len(history) < QUERIES:
+                history.append(alike)
+        if not history:
+            return self.finding(rng, longest)
+        task = Task(
+            user=0,
+            history=tuple(history[i] for i in rng.permutation(len(history))),
+            target=int(shown[0]),
+            candidates=tuple(shown.tolist()),
+            peer_counts=(0,) * len(shown),
+            num_peers=0,
+            peer_similarity=0.0,
+        )
+        episode = self.new_episode(task)
+        encode, tokens = episode.codec.encode, list(episode.views[RECOMMENDER].tokens)
         is_answer = [False] * len(tokens)
-        before, after = ([], codec.encode(";")) if in_order else (codec.encode("Item:"), codec.encode("\n"))
-        for i in range(len(titles)) if in_order else rng.permutation(len(titles)):
-            tokens += [*before, *titles[i], *after]
-            is_answer += [False] * len(before) + [True] * len(titles[i]) + [False] * len(after)
-        lessons.append(Lesson(tokens=tokens, is_answer=is_answer))
-    return lessons
+        for item in history:
+            found = self.space.most_alike(item, task.candidates)
+            named = name_item(episode.prompts, found + 1, episode.candidate_titles[found])
+            before, answer, after = format_recommendation(reason(episode.titles[item]), ""), f" {named}", "\n"
+            for text, learned in ((before.rstrip(), False), (answer, True), (after, False)):
+                ids = encode(text)
+                tokens += ids
+                is_answer += [learned] * len(ids)
+        return Lesson(tokens=tokens, is_answer=is_answer)
 
 
-def conversation(episode: Episode, rng: np.random.Generator) -> list[tuple[int, Lesson]]:
+def conversation(episode: Episode, space: ItemSpace, rng: np.random.Generator) -> list[tuple[int, Lesson]]:
     """Lessons of both agents from one scripted conversation about the truth.
 
     Args:
         episode: fresh, with the truth among its candidates.
+        space: says which item of the history is most like a candidate.
         rng: decides whether a wrong item comes first, and whether the replies follow a reference.
     """
     task = episode.task
@@ -114,7 +174,8 @@ def conversation(episode: Episode, rng: np.random.Generator) -> list[tuple[int, 
         shown.insert(0, wrong)
     for choice in shown:
         item = name_item(episode.prompts, choice + 1, episode.candidate_titles[choice])
-        episode.receive(_reply(episode, format_recommendation("fits the history.", item)))
+        because = task.history[space.most_alike(task.candidates[choice], task.history)]
+        episode.receive(_reply(episode, format_recommendation(reason(episode.titles[because]), item)))
         episode.receive(_reply(episode, judgement_text(choice == right, rng)))
     if rng.random() < REFERENCE_RATE:
         return [(agent, _after_reference(episode, agent)) for agent in (RECOMMENDER, USER)]
@@ -124,10 +185,10 @@ def conversation(episode: Episode, rng: np.random.Generator) -> list[tuple[int, 
 def judgement_text(right: bool, rng: np.random.Generator) -> str:
     """The user's reply to the right item or to a wrong one."""
     if right:
-        return format_judgement("that is what I want.", "click", float(rng.choice((0.85, 0.90, 0.95))))
+        return format_judgement(WANTED, "click", float(rng.choice((0.85, 0.90, 0.95))))
     if rng.random() < 0.5:
-        return format_judgement("not what I want.", "skip", float(rng.choice((0.30, 0.35, 0.40))))
-    return format_judgement("not what I want.", "dislike", float(rng.choice((0.05, 0.10, 0.15))))
+        return format_judgement(NOT_WANTED, "skip", float(rng.choice((0.30, 0.35, 0.40))))
+    return format_judgement(NOT_WANTED, "dislike", float(rng.choice((0.05, 0.10, 0.15))))
 
 
 def _reply(episode: Episode, text: str) -> Reply:

@@ -278,7 +278,6 @@ TINY_FLAGS: dict[str, str] = {
     "train.learning-rate": "2e-3",
     "train.warmup-steps": "0",
     "sft.num-steps": "2",
-    "sft.copying-steps": "1",
     "sft.batch-size": "2",
     "checkpoint.every": "1",
     "checkpoint.keep": "9",

@@ -185,6 +185,30 @@ class SASRec(nn.Module):
         return model.eval()
 
 
+class ItemSpace:
+    """Which items are alike: cosine similarity of SASRec's item embeddings around their mean."""
+
+    def __init__(self, sasrec: SASRec):
+        vectors = sasrec.item_embedding.weight.detach().numpy()
+        vectors = vectors - vectors.mean(0)
+        self._unit_IH = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
+
+    @property
+    def num_items(self) -> int:
+        return len(self._unit_IH)
+
+    def most_alike(self, item: int, among: Sequence[int]) -> int:
+        """Index in `among` of the item most like this one."""
+        return int((self._unit_IH[list(among)] @ self._unit_IH[item]).argmax())
+
+    def neighbours(self, item: int, count: int) -> list[int]:
+        """The `count` items most like this one, in no order; all others where there are fewer."""
+        similarity = self._unit_IH @ self._unit_IH[item]
+        similarity[item] = -np.inf
+        count = min(count, len(similarity) - 1)
+        return np.argpartition(-similarity, count - 1)[:count].tolist()
+
+
 def train_sasrec(
     sequences: Sequence[Sequence[int]],
     num_items: int,

@@ -1,8 +1,7 @@
-"""Byte-level BPE tokenizers trained on the spot: `tiny_base`'s own, and one for a catalogue's text.
+"""Tokenizers of small models: `tiny_base`'s own, trained on the spot, and one with a catalogue's titles as tokens.
 
-They use ChatML's special tokens, so small models go through the same token template as Qwen's. `transplant` gives a
-model a new tokenizer: a new token starts as the mean of the old tokens that spell it (fast vocabulary transfer, arXiv
-2402.09977).
+The trained one is a byte-level BPE with ChatML's special tokens, so small models go through the same token template as
+Qwen's.
 """
 
 from __future__ import annotations
@@ -13,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import nn
+from torch import Tensor, nn
+
+from coars_fast.errors import ConfigError
 
 if TYPE_CHECKING:
     from coars_fast.model.decoder import Decoder
@@ -21,13 +22,12 @@ if TYPE_CHECKING:
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, titles: Sequence[str] = ()) -> Any:
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     """Train a byte-level BPE tokenizer (any text can be encoded) and wrap it for transformers.
 
     Args:
         texts: what to learn merges from; deterministic for the same texts in the same order.
-        vocab_size: entries learned from the texts, of which 256 are bytes and three are special.
-        titles: each becomes one more token, with the space before it.
+        vocab_size: entries, of which 256 are bytes and three are special.
 
     Returns:
         A `transformers.PreTrainedTokenizerFast` with `<|im_end|>` as end of sequence.
@@ -44,43 +44,72 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, titles: Sequence[str]
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_tokens([AddedToken(f" {title}", normalized=False) for title in titles])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
 @torch.no_grad()
-def transplant(decoder: Decoder, old: Any, new: Any, *, seed: int = 0) -> None:
-    """Replace the embedding (and head) for the tokenizer `new`, in place.
+def add_titles(decoder: Decoder, tokenizer: Any, titles: Sequence[str], vectors: Tensor, like: Sequence[str]) -> Any:
+    """Give a small model one more token for every title (with the space before it), in place.
 
-    Tokens that both have keep their vectors. A learned token of `new` becomes the mean of the vectors of the `old`
-    tokens that spell it; an added one (a whole title) a random vector of usual size: means of many are all alike.
+    A new token starts among the tokens `like`, which the model already knows how to find and copy: the items' vectors,
+    centred and of one length, are laid along the principal directions of `like`, as far from their mean as they are on
+    average. Items that are alike thus look alike from the first step, and what the model does with the words that it
+    knows it does with titles too. From random vectors neither was learned in an hour (docs/log.md).
 
     Args:
-        decoder: a model whose embedding belongs to `old`.
-        old, new: fast tokenizers.
-        seed: of the random vectors.
+        decoder: the model; its embedding (and head, where they are not tied) grows.
+        tokenizer: its fast tokenizer, left as it is.
+        titles: I titles, all different.
+        vectors: [I, D] of the items, for example SASRec's; at least two differ.
+        like: words that the model names items with, one token each after a space.
+
+    Returns:
+        The tokenizer with the titles.
+
+    Raises:
+        ConfigError: a word of `like` is not one token.
     """
-    old_vocab, added = old.get_vocab(), new.get_added_vocab()
-    model = old.backend_tokenizer.model  # tokenizes text that is already in byte-level characters
-    rows: list[list[int]] = []
-    for token, _ in sorted(new.get_vocab().items(), key=lambda pair: pair[1]):
-        if token in old_vocab:
-            rows.append([old_vocab[token]])
-        else:
-            rows.append([] if token in added else [piece.id for piece in model.tokenize(token)])
-    modules: list[nn.Embedding | nn.Linear] = [decoder.model.embed_tokens]
-    if decoder.lm_head is not None:
-        modules.append(decoder.lm_head)
-    generator = torch.Generator().manual_seed(seed)
-    for module in modules:
+    rows = []
+    for word in like:
+        ids = tokenizer.encode(f" {word}", add_special_tokens=False)
+        if len(ids) != 1:
+            raise ConfigError(
+                f"model.tokenizer: 'catalogue' needs a model that has a token for {word!r}, such as the shipped one or "
+                "one made by python -m coars_fast.pretrain; other models read titles as they are: use own"
+            )
+        rows += ids
+    grown = _copy(tokenizer)
+    grown.add_tokens([AddedToken(f" {title}", normalized=False) for title in titles])
+    unit = nn.functional.normalize(vectors.detach().float() - vectors.detach().float().mean(0), dim=1)
+    for module in _vocabulary_modules(decoder):
         weight = module.weight.float().cpu()
-        made = torch.randn(len(rows), weight.shape[1], generator=generator) * weight.std()
-        for row, ids in enumerate(rows):
-            if ids:
-                made[row] = weight[torch.tensor(ids)].mean(0)
-        module.weight = nn.Parameter(made.to(module.weight))
-        if isinstance(module, nn.Embedding):
-            module.num_embeddings = len(rows)
-        else:
-            module.out_features = len(rows)
-    decoder.config = replace(decoder.config, vocab_size=len(rows))
+        known = weight[torch.tensor(rows)]
+        mean = known.mean(0)
+        directions = torch.linalg.svd(known - mean, full_matrices=False).Vh[: unit.shape[1]]
+        distance = (known - mean).norm(dim=1).mean()
+        placed = mean + distance * (unit[:, : len(directions)] @ directions)
+        _set_vocabulary(module, torch.cat([weight[: len(tokenizer)], placed]).to(module.weight))
+    decoder.config = replace(decoder.config, vocab_size=len(grown))
+    return grown
+
+
+def _copy(tokenizer: Any) -> Any:
+    """Another tokenizer of the same content."""
+    return type(tokenizer)(
+        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()),
+        eos_token=tokenizer.eos_token,
+        pad_token=tokenizer.pad_token,
+    )
+
+
+def _vocabulary_modules(decoder: Decoder) -> list[nn.Embedding | nn.Linear]:
+    """The embedding, and the head where it has weights of its own."""
+    return [decoder.model.embed_tokens, *([decoder.lm_head] if decoder.lm_head is not None else [])]
+
+
+def _set_vocabulary(module: nn.Embedding | nn.Linear, weight: Tensor) -> None:
+    module.weight = nn.Parameter(weight)
+    if isinstance(module, nn.Embedding):
+        module.num_embeddings = len(weight)
+    else:
+        module.out_features = len(weight)

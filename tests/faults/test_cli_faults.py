@@ -105,30 +105,38 @@ def test_every_setting_refuses_numbers_that_are_not_finite(value):
 def test_no_number_may_be_negative():
     assert {"seed", "sft.batch_size", "eval.num_samples"} <= set(numbers(int))
     for name in numbers(int) + numbers(float):
-        if name == "model.tokenizer_size":  # read for a `catalogue` tokenizer only
-            continue
         with pytest.raises(ConfigError, match=f"^{name}: "):
             check(with_setting(name, -1))
 
 
 @pytest.mark.parametrize(
     "name",
-    ["sft.num_steps", "sft.copying_steps", "train.warmup_steps", "eval.num_samples", "eval.num_disc_users"],
+    [
+        "sft.num_steps",
+        "sft.finding_steps",
+        "train.warmup_steps",
+        "eval.num_samples",
+        "eval.num_disc_users",
+        "data.min_item_interactions",
+    ],  # fmt: skip
 )
 def test_what_can_be_left_out_may_be_zero(name):
     check(with_setting(name, 0))
 
 
-def test_copying_takes_at_most_all_steps_of_the_warm_start():
-    def config(copying_steps, num_steps):
-        return replace(Config(), sft=SFTConfig(copying_steps=copying_steps, num_steps=num_steps))
+def test_finding_takes_at_most_all_steps_of_the_warm_start_and_trains_the_base():
+    def config(finding_steps, num_steps, trainable="all"):
+        sft = SFTConfig(finding_steps=finding_steps, num_steps=num_steps, trainable=trainable)
+        return replace(Config(), sft=sft)
 
-    for fits in ((0, 0), (0, 5), (4, 5), (5, 5)):
+    for fits in ((0, 0), (0, 5), (4, 5), (5, 5), (0, 5, "adapters")):
         check(config(*fits))
-    with pytest.raises(ConfigError, match=r"^sft.copying_steps: 6 .*sft.num_steps \(5\)"):
+    with pytest.raises(ConfigError, match=r"^sft.finding_steps: 6 .*sft.num_steps \(5\)"):
         check(config(6, 5))
-    with pytest.raises(ConfigError, match="^sft.copying_steps: -1 must not be negative"):
+    with pytest.raises(ConfigError, match="^sft.finding_steps: -1 must not be negative"):
         check(config(-1, 5))
+    with pytest.raises(ConfigError, match="^sft.finding_steps: .*--sft.trainable all, or 0 steps"):
+        check(config(1, 5, "adapters"))
 
 
 def test_a_config_file_of_another_version():

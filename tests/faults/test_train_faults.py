@@ -14,6 +14,7 @@ import pytest
 
 from coars_fast import train
 from coars_fast.errors import CoarsError
+from coars_fast.model.tokenizer import train_tokenizer
 from coars_fast.state.run_folder import RUN_FILES
 from tests import tiny
 
@@ -62,14 +63,12 @@ CONTRADICTIONS: list[tuple[dict[str, Any], list[str]]] = [
     ({"data__format": "world", "data__path": "ml"}, ["data.format", "data.path (ml)"]),
     ({"objective": "cispo", "loss__dual_clip": "3.0"}, ["loss.dual_clip", "cispo", "gspo"]),
     ({"objective": "faithful", "loss__dual_clip": "3.0"}, ["loss.dual_clip", "faithful", "gspo"]),
-    (
-        {"model__tokenizer": "catalogue", "warm_start": True, "model__tokenizer_size": 299},
-        ["model.tokenizer_size: 299"],
-    ),
     ({"train__final_learning_rate": "1.5"}, ["train.final_learning_rate", "between 0 and 1"]),
-    ({"sft__copying_steps": 3}, ["sft.copying_steps: 3", "sft.num_steps (2)"]),
-    ({"preset": "movielens_cpu", "data__path": "ml", "sft__copying_steps": None}, ["sft.copying_steps: ", "(2)"]),
-    ({"sft__copying_steps": -1}, ["sft.copying_steps: -1", "negative"]),
+    ({"sft__finding_steps": 3}, ["sft.finding_steps: 3", "sft.num_steps (2)"]),
+    ({"preset": "movielens_cpu", "data__path": "ml"}, ["sft.finding_steps: ", "sft.num_steps (2)"]),
+    ({"sft__finding_steps": -1}, ["sft.finding_steps: -1", "negative"]),
+    ({"sft__finding_steps": 1, "sft__trainable": "adapters"}, ["sft.finding_steps: ", "--sft.trainable all"]),
+    ({"data__min_item_interactions": -1}, ["data.min_item_interactions: -1", "negative"]),
 ]
 
 
@@ -100,6 +99,9 @@ def bad_input(kind: str, model: Path, tmp_path: Path) -> tuple[dict[str, Any], l
         (data / "movies.csv").write_text("movieId,title,genres\n1,A (1999),Drama\n")
         (data / "ratings.csv").write_text("userId,movieId,rating,timestamp\n1,1,four,3\n")
         return {"data__path": data, "model__path": model}, [str(data / "ratings.csv"), "2"]
+    if kind == "no item of so many interactions":
+        changes = {"data__min_item_interactions": 10_000, "model__path": model}
+        return changes, ["data.min_interactions = 5", "data.min_item_interactions = 10000"]
     if kind == "no model folder":
         return {"model__path": tmp_path / "gone"}, [str(tmp_path / "gone")]
     shutil.copytree(model, other)
@@ -114,6 +116,10 @@ def bad_input(kind: str, model: Path, tmp_path: Path) -> tuple[dict[str, Any], l
         for path in other.glob("tokenizer*"):
             path.unlink()
         return {"model__path": other}, [str(other), "tokenizer"]
+    if kind == "no token for the words of items":
+        train_tokenizer(["History: it"] * 20, 300).save_pretrained(other)
+        changes = {"model__path": other, "model__tokenizer": "catalogue", "warm_start": True}
+        return changes, ["model.tokenizer: 'catalogue'", "'Grandstar'", "coars_fast.pretrain", "use own"]
     if kind == "cut weights":
         weights = other / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-100])
@@ -130,8 +136,9 @@ def bad_input(kind: str, model: Path, tmp_path: Path) -> tuple[dict[str, Any], l
 
 
 KINDS = (
-    "no data folder", "no ratings", "malformed ratings", "no model folder", "no weights", "another architecture",
-    "no tokenizer", "cut weights", "too few embeddings", "too few positions",
+    "no data folder", "no ratings", "malformed ratings", "no item of so many interactions", "no model folder",
+    "no weights", "another architecture", "no tokenizer", "no token for the words of items", "cut weights",
+    "too few embeddings", "too few positions",
 )  # fmt: skip
 
 

@@ -44,6 +44,7 @@ def test_flags_win_over_the_preset_and_the_preset_over_the_defaults():
     assert config.preset == "movielens_cpu"
     assert (config.data.candidates, config.model.tokenizer, config.warm_start) == ("random19+gt", "catalogue", True)
     assert (config.data.history_length, config.train.num_steps) == (3, 7)
+    assert config.data.min_item_interactions > 0 and 0 < config.sft.finding_steps < config.sft.num_steps
     assert config.sasrec == Config().sasrec
 
 

@@ -96,7 +96,7 @@ def test_load_dataset_leaves_out_users_of_few_interactions(tmp_path: Path):
     write(tmp_path, movies_csv=MOVIES_CSV, ratings_csv=RATINGS_CSV)
     data = load_dataset(Config(data=DataConfig(path=str(tmp_path), min_interactions=3)))
     assert data.user_ids == ("3",) and data.sequences == ((1, 0, 2),) and data.num_items == 3
-    with pytest.raises(DataError, match=r"min_interactions = 4.*the most are 3"):
+    with pytest.raises(DataError, match=r"min_interactions = 4.*the most interactions of a user are 3"):
         load_dataset(Config(data=DataConfig(path=str(tmp_path), min_interactions=4)))
 
 

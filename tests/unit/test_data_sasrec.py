@@ -11,7 +11,15 @@ import torch
 import torch.nn.functional as F
 
 from coars_fast.config import SASRecConfig, WorldConfig
-from coars_fast.data.sasrec import SASRec, _FullSoftmaxLoss, _windows, full_ranking, ranking_metrics, train_sasrec
+from coars_fast.data.sasrec import (
+    ItemSpace,
+    SASRec,
+    _FullSoftmaxLoss,
+    _windows,
+    full_ranking,
+    ranking_metrics,
+    train_sasrec,
+)
 from coars_fast.data.world import make_world
 
 SMALL = SASRecConfig(hidden_size=16, num_epochs=2, max_length=6, batch_size=8)
@@ -135,3 +143,56 @@ def test_beats_popularity_in_the_synthetic_world():
     for row, history in zip(popular, train, strict=True):
         row[list(history)] = -np.inf
     assert full_ranking(model, train, targets)["hr@10"] > 1.5 * ranking_metrics(popular, targets)["hr@10"]
+
+
+def item_space(vectors: np.ndarray) -> ItemSpace:
+    model = SASRec(len(vectors), replace(SMALL, hidden_size=vectors.shape[1], num_heads=1))
+    with torch.no_grad():
+        model.item_embedding.weight.copy_(torch.tensor(vectors))
+    return ItemSpace(model)
+
+
+def test_item_space_by_hand():
+    """Directions around a mean far from the origin, in opposite pairs of any length."""
+    angles = np.deg2rad([0, 45, 90])
+    arms = np.stack([np.cos(angles), np.sin(angles)], axis=1) * np.array([[1.0], [5.0], [2.0]])
+    space = item_space(np.concatenate([arms, -arms]) + 10.0)  # 0, 45, 90, 180, 225 and 270 degrees
+    assert space.num_items == 6
+    assert [space.neighbours(item, 1) for item in (0, 2, 3, 5)] == [[1], [1], [4], [4]]
+    assert sorted(space.neighbours(1, 2)) == [0, 2] and sorted(space.neighbours(0, 3)) == [1, 2, 5]
+    assert space.most_alike(0, [3, 4, 2]) == 2 and space.most_alike(4, (1, 2, 3)) == 2
+    assert space.most_alike(1, [5]) == 0
+
+
+def test_item_space_equals_a_plain_computation():
+    rng = np.random.default_rng(0)
+    vectors = (rng.normal(size=(30, 7)) * rng.uniform(0.1, 9, size=(30, 1)) + rng.normal(size=7) * 3).astype(np.float32)
+    space, centred = item_space(vectors), [vector - vectors.mean(0) for vector in vectors.astype(np.float64)]
+
+    def cosine(a: int, b: int) -> float:
+        return float(centred[a] @ centred[b] / np.sqrt((centred[a] @ centred[a]) * (centred[b] @ centred[b])))
+
+    for item in range(30):
+        others = sorted((i for i in range(30) if i != item), key=lambda i: -cosine(item, i))  # noqa: B023
+        for count in (1, 4, 20, 28):
+            found = space.neighbours(item, count)
+            assert len(found) == count and set(found) == set(others[:count])
+        among = rng.choice(others, 9, replace=False).tolist()
+        assert space.most_alike(item, among) == among.index(min(among, key=others.index))
+        assert space.most_alike(item, [*among, item]) == 9, "itself, where it is among them"
+
+
+def test_an_item_is_no_neighbour_of_its_own():
+    vectors = np.random.default_rng(1).normal(size=(9, 4))
+    vectors[3] = vectors[5]  # as like item 3 as itself
+    vectors[8] = vectors[:8].mean(0)  # at the mean: like nothing
+    space = item_space(vectors)
+    for item in range(9):
+        everyone = sorted(set(range(9)) - {item})
+        for count in (8, 9, 100):
+            assert sorted(space.neighbours(item, count)) == everyone
+        assert all(item not in space.neighbours(item, count) for count in range(1, 8))
+    assert space.neighbours(3, 1) == [5] and space.neighbours(5, 1) == [3]
+    assert item_space(vectors[:2]).neighbours(0, 20) == [1]
+    alike = item_space(np.ones((4, 3)))
+    assert len(alike.neighbours(2, 2)) == 2 and 2 not in alike.neighbours(2, 3)

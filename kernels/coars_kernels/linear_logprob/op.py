@@ -14,7 +14,7 @@ from coars_kernels.checks import (
     require_shape,
     values_are_visible,
 )
-from coars_kernels.linear_logprob.chunked import default_chunk_rows, head_logprob
+from coars_kernels.linear_logprob.autograd import head_logprob
 
 
 def check_head_inputs(
@@ -114,7 +114,5 @@ def linear_logprob(
         ValueError: an argument has the wrong shape, dtype, device or range; the message begins with its name.
     """
     check_head_inputs(hidden, "hidden", weight, target, bias, temperature, chunk_rows)
-    if chunk_rows is None:
-        chunk_rows = default_chunk_rows(weight.shape[0])
     logp, _, entropy = head_logprob(hidden, None, weight, bias, target, temperature, chunk_rows, return_entropy)
     return logp if entropy is None else (logp, entropy)

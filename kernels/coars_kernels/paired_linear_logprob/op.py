@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from coars_kernels.checks import require_device, require_dtype, require_shape
-from coars_kernels.linear_logprob.chunked import default_chunk_rows, head_logprob
+from coars_kernels.linear_logprob.autograd import head_logprob
 from coars_kernels.linear_logprob.op import check_head_inputs
 
 
@@ -42,8 +42,6 @@ def paired_linear_logprob(
     require_shape(teacher, "teacher", tuple(student.shape))
     require_dtype(teacher, "teacher", (student.dtype,))
     require_device(teacher, "teacher", student, "student")
-    if chunk_rows is None:
-        chunk_rows = default_chunk_rows(weight.shape[0], num_streams=2)
     logp, teacher_logp, _ = head_logprob(student, teacher, weight, bias, target, temperature, chunk_rows)
     assert teacher_logp is not None
     return logp, teacher_logp
