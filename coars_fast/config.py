@@ -155,9 +155,9 @@ class LossConfig:
     """Bound of a token's credit."""
     credit_center: bool = False
     """Subtract each agent's mean credit over the batch."""
-    baseline: Literal["auto", "none", "batch", "turn"] = "auto"
+    baseline: Literal["auto", "none", "batch", "turn", "group"] = "auto"
     """Subtracted from the turn rewards, per agent: `batch` is their weighted mean, `turn` that of its first, second and
-    further replies apart; `auto`: none for `faithful`, turn otherwise."""
+    further replies apart, `group` the same within the `train.group_size` episodes of one task; `auto`: none for `faithful`, turn otherwise."""
     clip_low: float = 0.2
     """The importance ratio is clipped at 1 - clip_low."""
     clip_high: float = 0.2
@@ -369,6 +369,10 @@ def _contradictions(config: Config) -> list[str]:
         (
             objective == "faithful" and train.minibatches > 1,
             "--objective faithful has no importance ratio: train.minibatches must be 1",
+        ),
+        (
+            config.loss.baseline == "group" and train.group_size == 1,
+            "loss.baseline: group compares episodes of one task; make train.group_size 2 or more",
         ),
         (
             config.loss.dual_clip is not None and objective not in ("clipped", "gspo"),

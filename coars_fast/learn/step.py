@@ -86,7 +86,8 @@ class Learner:
         if baseline == "auto":
             baseline = "none" if self.config.objective == "faithful" else "turn"
         num_episodes = len({t.episode for t in trajectories})
-        ready = normalise(trajectories, baseline=baseline, num_episodes=num_episodes)
+        group_size = self.config.train.group_size
+        ready = normalise(trajectories, baseline=baseline, num_episodes=num_episodes, group_size=group_size)
         ready = [t for t in ready if t.turns]
         self.optimizer.zero_grad(set_to_none=True)
         batches = [pack(group) for group in split(ready, self.config.train.max_tokens)]

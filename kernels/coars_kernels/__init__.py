@@ -1,10 +1,12 @@
 """Operations for policy-gradient training of language models with token-level credit, usable without the trainer.
 
 One folder per operation: `reference.py` is plain torch and says what the operation means; `op.py` is the public
-function, with its input checks and the fast path. Only torch is needed.
+function, with its input checks and the fast path (Triton on CUDA, plain torch on a CPU). Triton is imported where a CUDA
+tensor first needs it; on a CPU only torch is needed.
 """
 
 from coars_kernels.agent_lora import agent_lora
+from coars_kernels.checks import checked_values
 from coars_kernels.credit_policy_loss import CreditOptions, credit_policy_loss
 from coars_kernels.fused_credit_loss import FusedCreditLoss, fused_credit_loss
 from coars_kernels.linear_logprob import linear_logprob
@@ -18,6 +20,7 @@ __all__ = [
     "FusedCreditLoss",
     "__version__",
     "agent_lora",
+    "checked_values",
     "credit_policy_loss",
     "fused_credit_loss",
     "linear_logprob",

@@ -1,11 +1,33 @@
 """Input checks shared by the operations: every failure is a `ValueError` that begins with the argument's name.
 
-Shapes, dtypes and devices are always checked. Values (indices in range, offsets that ascend) are checked on CPU only,
-where looking at them is cheap: on a GPU it would stall the stream, and under `torch.compile` it would break the graph.
+Shapes, dtypes and devices are always checked. Values (indices in range, offsets that ascend, rewards that are numbers) are
+checked on CPU, where looking at them is cheap; on a GPU it would stall the stream, so there it is done inside
+`checked_values()` only. Under `torch.compile` it would break the graph, and is never done.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+
+_CHECK_GPU_VALUES: ContextVar[bool] = ContextVar("check_gpu_values", default=False)
+
+
+@contextmanager
+def checked_values() -> Iterator[None]:
+    """Check values on GPUs too, for debugging: each call of an operation then waits for the device.
+
+    Example:
+        with coars_kernels.checked_values():
+            logp = coars_kernels.linear_logprob(hidden, weight, target)  # a target out of range is a ValueError
+    """
+    token = _CHECK_GPU_VALUES.set(True)
+    try:
+        yield
+    finally:
+        _CHECK_GPU_VALUES.reset(token)
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 MATRIX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -18,8 +40,8 @@ def require(condition: bool, argument: str, message: str) -> None:
 
 
 def values_are_visible(tensor: Tensor) -> bool:
-    """Whether reading `tensor`'s values costs nothing worth avoiding (see the module docstring)."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether to look at `tensor`'s values (see the module docstring)."""
+    return not torch.compiler.is_compiling() and (tensor.device.type == "cpu" or _CHECK_GPU_VALUES.get())
 
 
 def require_shape(tensor: Tensor, argument: str, shape: tuple[int, ...]) -> None:
