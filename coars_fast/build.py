@@ -74,6 +74,7 @@ def build(config: Config, folder: Path, screen: Screen, *, adapters_follow: bool
     backend, _ = choose_backend(device, dtype, config.model.attention)
     tokenizer = load_tokenizer(source)
     if fresh and config.model.tokenizer == "catalogue":
+        _check_vocabulary(TextCodec(tokenizer), decoder, source)
         # A title that is part of a prompt ("It", "Note") would tear its words apart; such a one stays spelled out.
         texts = _prompt_texts(config)
         whole = [i for i, title in enumerate(dataset.titles) if not any(title in text for text in texts)]
@@ -155,9 +156,11 @@ def _sasrec(config: Config, dataset: Dataset, folder: Path, screen: Screen) -> S
 
 def _prompt_texts(config: Config) -> list[str]:
     """All that an agent reads or writes beside titles."""
+    from coars_fast.game.episode import peers_text
     from coars_fast.game.prompts import ACTIONS, PROMPTS, format_judgement, format_recommendation
     from coars_fast.warm_start import NOT_WANTED, WANTED, reason
 
     prompts = [str(text) for text in vars(PROMPTS[config.game.prompts]).values()]
     replies = [format_judgement(words, action, 0.5) for words in (WANTED, NOT_WANTED) for action in ACTIONS]
-    return [*prompts, *replies, format_recommendation(reason(""), "")]
+    peers = [peers_text(count, config.data.num_peers, config.game) for count in range(config.data.num_peers + 1)]
+    return [*prompts, *replies, *peers, format_recommendation(reason(""), "")]

@@ -157,7 +157,8 @@ class LossConfig:
     """Subtract each agent's mean credit over the batch."""
     baseline: Literal["auto", "none", "batch", "turn", "group"] = "auto"
     """Subtracted from the turn rewards, per agent: `batch` is their weighted mean, `turn` that of its first, second and
-    further replies apart, `group` the same within the `train.group_size` episodes of one task; `auto`: none for `faithful`, turn otherwise."""
+    further replies apart, `group` the same within the `train.group_size` episodes of one task; `auto`: none for
+    `faithful`, turn otherwise."""
     clip_low: float = 0.2
     """The importance ratio is clipped at 1 - clip_low."""
     clip_high: float = 0.2

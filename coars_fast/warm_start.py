@@ -83,7 +83,7 @@ class WarmStart:
     def __init__(self, tasks: TaskSource, new_episode: Callable[[Task], Episode], config: Config):
         self.tasks, self.new_episode, self.config = tasks, new_episode, config
         self.space = ItemSpace(tasks.maker.sasrec)
-        self.size = tasks.maker.mode.size
+        self.size = min(tasks.maker.mode.size, self.space.num_items - 1)
         self.longest = min(3, self.size)
         """Items in the longest list."""
         taken = np.bincount(

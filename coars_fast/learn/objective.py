@@ -22,9 +22,9 @@ def normalise(
 
     Args:
         trajectories: of the whole update, both agents.
-        baseline: the weighted mean reward of the agent's turns (`batch`), of its n-th replies only (`turn`), of its n-th
-            replies about the same task (`group`), or 0 (`none`), which leaves Eq. 11 as it is. Later turns are mostly
-            misses: against one mean for all they only ever push down what was said, correct formats included.
+        baseline: the weighted mean reward of the agent's turns (`batch`), of its n-th replies only (`turn`), of its
+            n-th replies about the same task (`group`), or 0 (`none`), which leaves Eq. 11 as it is. Later turns are
+            mostly misses: against one mean for all they only ever push down what was said, correct formats included.
         num_episodes: episodes of the update.
         group_size: so many episodes with consecutive numbers are about one task.
     """

@@ -67,7 +67,7 @@ def add_titles(decoder: Decoder, tokenizer: Any, titles: Sequence[str], vectors:
         The tokenizer with the titles.
 
     Raises:
-        ConfigError: a word of `like` is not one token.
+        ConfigError: a word of `like` is not one token, or a title already is.
     """
     rows = []
     for word in like:
@@ -80,17 +80,27 @@ def add_titles(decoder: Decoder, tokenizer: Any, titles: Sequence[str], vectors:
         rows += ids
     grown = _copy(tokenizer)
     grown.add_tokens([AddedToken(f" {title}", normalized=False) for title in titles])
-    unit = nn.functional.normalize(vectors.detach().float() - vectors.detach().float().mean(0), dim=1)
+    if len(grown) != len(tokenizer) + len(titles):
+        raise ConfigError("model.tokenizer: this model has titles as tokens already (a warm-started base); use own")
+    centred = vectors.detach().float() - vectors.detach().float().mean(0)
     for module in _vocabulary_modules(decoder):
         weight = module.weight.float().cpu()
         known = weight[torch.tensor(rows)]
         mean = known.mean(0)
-        directions = torch.linalg.svd(known - mean, full_matrices=False).Vh[: unit.shape[1]]
+        directions = torch.linalg.svd(known - mean, full_matrices=False).Vh
+        unit = nn.functional.normalize(_fewer_dimensions(centred, len(directions)), dim=1)
         distance = (known - mean).norm(dim=1).mean()
-        placed = mean + distance * (unit[:, : len(directions)] @ directions)
+        placed = mean + distance * (unit @ directions[: unit.shape[1]])
         _set_vocabulary(module, torch.cat([weight[: len(tokenizer)], placed]).to(module.weight))
     decoder.config = replace(decoder.config, vocab_size=len(grown))
     return grown
+
+
+def _fewer_dimensions(centred: Tensor, size: int) -> Tensor:
+    """Centred vectors as they are, or along their `size` main directions where they have more dimensions."""
+    if centred.shape[1] <= size:
+        return centred
+    return centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:size].T
 
 
 def _copy(tokenizer: Any) -> Any:

@@ -1,8 +1,8 @@
 """Operations for policy-gradient training of language models with token-level credit, usable without the trainer.
 
 One folder per operation: `reference.py` is plain torch and says what the operation means; `op.py` is the public
-function, with its input checks and the fast path (Triton on CUDA, plain torch on a CPU). Triton is imported where a CUDA
-tensor first needs it; on a CPU only torch is needed.
+function, with its input checks and the fast path (Triton on CUDA, plain torch on a CPU). Triton is imported where a
+CUDA tensor first needs it; on a CPU only torch is needed.
 """
 
 from coars_kernels.agent_lora import agent_lora

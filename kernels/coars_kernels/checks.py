@@ -1,7 +1,7 @@
 """Input checks shared by the operations: every failure is a `ValueError` that begins with the argument's name.
 
-Shapes, dtypes and devices are always checked. Values (indices in range, offsets that ascend, rewards that are numbers) are
-checked on CPU, where looking at them is cheap; on a GPU it would stall the stream, so there it is done inside
+Shapes, dtypes and devices are always checked. Values (indices in range, offsets that ascend, rewards that are numbers)
+are checked on CPU, where looking at them is cheap; on a GPU it would stall the stream, so there it is done inside
 `checked_values()` only. Under `torch.compile` it would break the graph, and is never done.
 """
 
@@ -28,6 +28,7 @@ def checked_values() -> Iterator[None]:
         yield
     finally:
         _CHECK_GPU_VALUES.reset(token)
+
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 MATRIX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from coars_kernels import linear_logprob
-from coars_kernels.linear_logprob.sweep import default_chunk_rows, recompute_gradients, sweep_head
 from coars_kernels.linear_logprob.reference import linear_logprob_reference
+from coars_kernels.linear_logprob.sweep import default_chunk_rows, recompute_gradients, sweep_head
 
 EPS = torch.finfo(torch.float32).eps
 

@@ -73,6 +73,18 @@ def test_the_turn_baseline_is_the_weighted_mean_of_an_agents_replies_of_the_same
     assert rewards(together)[5] == pytest.approx(-0.4 - 0.2 / 6)
 
 
+def test_the_group_baseline_compares_replies_about_one_task() -> None:
+    # Episodes 0 and 1 are one task, 2 and 3 another. Of the second task's first replies one is excluded.
+    episodes = [
+        trajectory(0, (1.0, 1.0), (-1.0, 1.0)),
+        trajectory(0, (0.0, 1.0), (0.0, 1.0), episode=1),
+        trajectory(0, (0.5, 1.0), episode=2),
+        trajectory(0, (7.0, 0.0), (0.25, 1.0), episode=3),
+    ]
+    found = normalise(episodes, baseline="group", num_episodes=4, group_size=2)
+    assert rewards(found) == pytest.approx([0.5, -0.5, -0.5, 0.5, 0.0, 6.5, 0.0])
+
+
 def test_the_turn_baseline_leaves_excluded_turns_out_and_shorter_conversations_have_their_first_replies_in() -> None:
     # recommender: (1 + .25) / 2 = .625, -.5 alone, and no counted third reply; user: (2 * .2 - .5 * .4) / 2.5, .8 alone
     found = normalise(BATCH, baseline="turn", num_episodes=2)

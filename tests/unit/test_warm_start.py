@@ -53,12 +53,14 @@ def number(title: str) -> int:
 
 
 def new_episode(task: Task, **game: Any) -> Episode:
-    return Episode(task, world()[0].titles, *tiny.tokens(), GameConfig(**({"max_turns": 2} | game)))
+    settings: dict[str, Any] = {"max_turns": 2} | game
+    return Episode(task, world()[0].titles, *tiny.tokens(), GameConfig(**settings))
 
 
 def teacher(candidates: str = "random4+gt", **sft: Any) -> WarmStart:
     data = DataConfig(candidates=candidates, history_length=4, num_eval_users=4)
-    config = tiny.tiny_config(data=data, sft=SFTConfig(**({"num_steps": 60, "finding_steps": 50} | sft)))
+    settings: dict[str, Any] = {"num_steps": 60, "finding_steps": 50} | sft
+    config = tiny.tiny_config(data=data, sft=SFTConfig(**settings))
     dataset, sasrec = world()
     return WarmStart(TaskSource(dataset, config, sasrec), new_episode, config)
 
@@ -208,8 +210,8 @@ def test_lists_are_numbered_where_the_prompts_number_them() -> None:
 # --------------------------------------------------------------------------------------------------------------- growth
 
 
-def note(teaching: WarmStart, *losses: float, first: int = 0) -> int:
-    for step, loss in enumerate(losses, start=first):
+def note(teaching: WarmStart, *losses: float) -> int:
+    for step, loss in enumerate(losses):
         teaching.note(step, loss)
     return teaching.longest
 

@@ -1,7 +1,7 @@
 """The sweep over the head as registered operations, and the autograd function in front of them.
 
-`torch.compile` sees two opaque operations (`coars_kernels::head_sweep`, `coars_kernels::head_gradients`); eager code pays for
-one of them a pass. What was not asked for is an empty tensor, since a registered operation must return tensors.
+`torch.compile` sees two opaque operations (`coars_kernels::head_sweep`, `coars_kernels::head_gradients`); eager code
+pays for one of them a pass. What was not asked for is an empty tensor, since a registered operation must return tensors.
 
 Shape suffixes: R rows, V vocabulary, H hidden size.
 """
@@ -148,7 +148,7 @@ class _HeadLogprob(torch.autograd.Function):
 
 @torch.library.custom_op("coars_kernels::refuse_entropy_gradient", mutates_args=())
 def refuse_entropy_gradient(grad: Tensor, hidden: Tensor) -> Tensor:
-    """Zeros like `hidden`; raises unless `grad` is all zeros (which `torch.compile` sends where nothing was asked for)."""
+    """Zeros like `hidden`; raises unless `grad` is all zeros (what `torch.compile` sends where nothing was asked)."""
     if grad.any():
         raise RuntimeError("linear_logprob: the entropy has no gradient; detach it before using it in a loss")
     return torch.zeros_like(hidden)

@@ -5,12 +5,12 @@ With a frozen head the gradient of a log-probability does not depend on the loss
     d logp_r / d h_r = (W[y_r] - E_{v ~ p_r}[W_v]) / temperature  =:  J_r
 
 so the forward pass computes logp and J while the logits are at hand, and the backward pass of any per-token loss is
-`g_r * J_r`: three products with the weight in all, the teacher's included. With a trainable head the backward pass computes
-the logits again chunk by chunk, because dW needs the softmax itself.
+`g_r * J_r`: three products with the weight in all, the teacher's included. With a trainable head the backward pass
+computes the logits again chunk by chunk, because dW needs the softmax itself.
 
 Logits are fp32 whatever the inputs: products are accumulated in fp32 and stored in fp32, and the target's logit and the
-log-sum-exp come from that one buffer (mixing precisions gives log-probabilities above zero). J is kept in fp32 too, so that
-a gradient is rounded once. `rows.py` (CPU) and `triton_rows.py` (CUDA) make masses of the logits.
+log-sum-exp come from that one buffer (mixing precisions gives log-probabilities above zero). J is kept in fp32 too, so
+that a gradient is rounded once. `rows.py` (CPU) and `triton_rows.py` (CUDA) make masses of the logits.
 
 Shape suffixes: R rows, C rows of a chunk, V vocabulary, H hidden size.
 """
@@ -126,9 +126,10 @@ class Head:
 
     def project(self, mass_CV: Tensor) -> Tensor:
         """mass @ W, [C, H] fp32"""
-        product_CH = mass_CV.new_zeros(len(mass_CV), self.weight_VH.shape[1], dtype=torch.float32)
-        if self.native:
+        product_CH = mass_CV.new_empty(len(mass_CV), self.weight_VH.shape[1], dtype=torch.float32)
+        if self.native or self.weight_VH.dtype == torch.float32:
             return _multiply(mass_CV, self.weight_VH, product_CH)
+        product_CH.zero_()
         for slab in self._slabs():
             product_CH.addmm_(mass_CV[:, slab], self.weight_VH[slab].float())
         return product_CH
@@ -141,9 +142,7 @@ class Head:
         if self.native:
             from coars_kernels.linear_logprob.triton_rows import jacobian_rows
 
-            jacobian_rows(
-                product_CH, self.weight_VH, target_C, rows.others_C, rows.inverse_C, temperature, out_CH
-            )
+            jacobian_rows(product_CH, self.weight_VH, target_C, rows.others_C, rows.inverse_C, temperature, out_CH)
             return
         product_CH.mul_(rows.inverse_C[:, None])
         torch.addcmul(-product_CH, self.weight_VH[target_C].float(), rows.others_C[:, None], out=out_CH)
