@@ -1,0 +1,44 @@
+"""The examples of docs/kernels.md run as they stand, one after the other."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+import coars_kernels
+
+PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
+
+
+def test_every_example_runs() -> None:
+    torch.manual_seed(0)
+    hidden_size, vocab, length = 8, 20, 97
+    body = nn.Embedding(vocab, hidden_size)
+    model = SimpleNamespace(
+        model=lambda ids: SimpleNamespace(last_hidden_state=body(ids)),
+        lm_head=nn.Linear(hidden_size, vocab, bias=False).requires_grad_(False),
+    )
+    mask = torch.ones(1, length)
+    mask[0, 0] = 0
+    names = {
+        "coars_kernels": coars_kernels, "model": model, "H": hidden_size, "response_mask": mask,
+        "input_ids": torch.randint(vocab, (1, length)), "with_reference": torch.randint(vocab, (1, length)),
+        "teacher_rows": torch.arange(length - 1), "old_logp": torch.full((length - 1,), -3.0),
+        "rollout_logp": torch.full((length - 1,), -3.0), "advantage": torch.randn(length - 1),
+        "log": lambda metrics: None, "monitor": lambda value: None, "linear": nn.Linear(8, 4), "x": torch.randn(5, 8),
+        "a": torch.randn(2, 2, 8), "b": torch.randn(2, 4, 2), "agent_ids": torch.tensor([0, 1, 1, 0, 1]), "scale": 2.0,
+        "logits": torch.randn(3, vocab), "sequence_id": torch.arange(3), "position": torch.arange(3),
+    }  # fmt: skip
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    assert len(blocks) == 7
+    setup, *examples = blocks
+    for block in examples:
+        body.weight.grad = None
+        exec(setup, names)
+        if "fused_credit_loss(...)" in block:
+            block = block.replace("(...)", "(states, teacher_states, weight, target, rollout_logp, reward, offsets)")
+        exec(block, names)
+        if "backward" in block:
+            assert body.weight.grad is not None and body.weight.grad.isfinite().all() and body.weight.grad.any()
