@@ -11,34 +11,7 @@ from torch import Tensor
 
 from coars_kernels import credit_policy_loss
 from coars_kernels.credit_policy_loss.reference import OBJECTIVES
-
-Case = dict[str, Any]
-
-
-def make_case(lengths: list[int], seed: int = 0, dtype: torch.dtype = torch.float32) -> Case:
-    """Log-probs near each other, so that some ratios and credits are clipped and others are not."""
-    generator = torch.Generator().manual_seed(seed)
-    rows, turns = sum(lengths), len(lengths)
-
-    def near(center: Tensor, spread: float) -> Tensor:
-        return center + spread * torch.randn(rows, generator=generator)
-
-    logp = -2 * torch.rand(rows, generator=generator)
-    behaviour = near(logp, 0.3)
-    weight = torch.rand(turns, generator=generator) * (torch.rand(turns, generator=generator) > 0.2)
-    case: Case = {
-        "logp": logp,
-        "teacher_logp": near(logp, 0.9),
-        "behaviour_logp": behaviour,
-        "turn_reward": torch.randn(turns, generator=generator),
-        "turn_weight": weight,
-        "old_logp": near(behaviour, 0.5),
-        "reference_logp": near(logp, 0.4),
-    }
-    case = {name: tensor.to(dtype) for name, tensor in case.items()}
-    case["turn_offsets"] = torch.tensor([0, *lengths]).cumsum(0).int()
-    case["turn_agent"] = torch.randint(2, (turns,), generator=generator)
-    return case
+from tests.kernels.credit_cases import FP32_TOLERANCE, Case, make_case
 
 
 def naive(case: Case, **options: Any) -> tuple[Tensor, Tensor, dict[str, float]]:
@@ -129,8 +102,7 @@ def check_against_naive(case: Case, **options: Any) -> None:
     loss, metrics = credit_policy_loss(logp, teacher, behaviour, **arguments, **options)
     loss.backward()
     assert logp.grad is not None and loss.dtype == logp.dtype
-    # Values of size 1 summed with weights below 1 in fp32; expm1 and exp are good to a few units in the last place.
-    tolerance = 1e-9 if logp.dtype == torch.float64 else 5e-6
+    tolerance = 1e-9 if logp.dtype == torch.float64 else FP32_TOLERANCE
     torch.testing.assert_close(loss.detach().double(), expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(logp.grad.double(), expected_grad, rtol=tolerance, atol=tolerance)
     for name, value in expected_metrics.items():
@@ -290,7 +262,9 @@ def test_bf16_logp_is_computed_in_fp32() -> None:
         ("turn_offsets", {"turn_offsets": torch.tensor([1, 3, 5])}),
         ("turn_offsets", {"turn_offsets": torch.tensor([0, 7, 5])}),
         ("turn_offsets", {"turn_offsets": torch.tensor([0.0, 3.0, 5.0])}),
+        ("turn_reward", {"turn_reward": torch.tensor([0.0, math.inf]), "turn_weight": torch.tensor([0.0, 1.0])}),
         ("turn_weight", {"turn_weight": torch.zeros(3)}),
+        ("turn_weight", {"turn_weight": torch.tensor([1.0, math.nan])}),
         ("turn_agent", {"turn_agent": torch.zeros(2)}),
         ("turn_agent", {"turn_agent": torch.tensor([0, 2])}),
         ("objective", {"objective": "ppo"}),
@@ -315,3 +289,12 @@ def test_errors_name_the_argument(argument: str, change: dict[str, Any]) -> None
     credit_policy_loss(**arguments)
     with pytest.raises(ValueError, match=f"^{argument}: "):
         credit_policy_loss(**(arguments | change))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_reward_that_is_no_number_is_named(value: float) -> None:
+    tokens, offsets = torch.zeros(5), torch.tensor([0, 2, 2, 5])
+    reward = torch.tensor([math.nan, value, 0.0])
+    with pytest.raises(ValueError, match=f"^turn_reward: must be finite, got {value} in turn 1$"):
+        credit_policy_loss(tokens, None, tokens, reward, offsets, turn_weight=torch.tensor([0.0, 0.5, 0.5]))
+    credit_policy_loss(tokens, None, tokens, reward, offsets, turn_weight=torch.tensor([0.0, 0.0, 0.5]))

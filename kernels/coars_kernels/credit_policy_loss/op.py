@@ -1,8 +1,18 @@
-"""`credit_policy_loss`: the public function and its checks."""
+"""`credit_policy_loss`: the public function, its checks, and the one operator behind it.
 
-from typing import TypedDict
+`coars_kernels::credit_policy_loss` computes loss, gradient and metrics together, so a plain `autograd.Function` around
+it has only to scale the gradient. On a GPU it is the Triton kernels of `triton_credit.py`; elsewhere, for float64
+log-probs, and where Triton is not installed it is the reference, differentiated by torch: there is no second formula.
+Left out: a derivative of the gradient.
+"""
 
+import importlib.util
+from functools import cache
+from typing import Any, TypedDict
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from coars_kernels.checks import (
     INDEX_DTYPES,
@@ -13,7 +23,12 @@ from coars_kernels.checks import (
     require_shape,
     values_are_visible,
 )
-from coars_kernels.credit_policy_loss.reference import NUM_AGENTS, OBJECTIVES, credit_policy_loss_reference
+from coars_kernels.credit_policy_loss.reference import (
+    NUM_AGENTS,
+    OBJECTIVES,
+    credit_policy_loss_reference,
+    metric_names,
+)
 
 
 class CreditOptions(TypedDict, total=False):
@@ -69,6 +84,21 @@ def _check_turns(
         spans = first == 0 and last == num_tokens
         require(spans, "turn_offsets", f"must run from 0 to R = {num_tokens}, got {first}..{last}")
         require(bool((turn_offsets.diff() >= 0).all()), "turn_offsets", "must not descend")
+    if turn_weight is not None:
+        _check_finite(turn_weight, "turn_weight", None)
+    _check_finite(turn_reward, "turn_reward", turn_weight)
+
+
+def _check_finite(values_M: Tensor, argument: str, turn_weight: Tensor | None) -> None:
+    """Raise if a value of a turn with weight is NaN or infinite; looks at values where that is cheap."""
+    if not values_are_visible(values_M):
+        return
+    unfit_M = ~values_M.isfinite()
+    if turn_weight is not None:
+        unfit_M &= turn_weight != 0
+    if bool(unfit_M.any()):
+        turn = int(unfit_M.nonzero()[0])
+        raise ValueError(f"{argument}: must be finite, got {values_M[turn].item()} in turn {turn}")
 
 
 def _check_objective(
@@ -80,7 +110,97 @@ def _check_objective(
         require(old_logp is None, "behaviour_logp", "old_logp needs it, for the importance weight")
     if dual_clip is not None:
         require(objective in ("clipped", "gspo"), "dual_clip", f"objective {objective!r} does not use it")
-        require(dual_clip > 1.0, "dual_clip", f"must be above 1, got {dual_clip}")
+        _check_number(dual_clip, dual_clip > 1.0, "dual_clip", "must be above 1")
+
+
+def _check_number(value: float, fits: bool, argument: str, rule: str) -> None:
+    """`require` for a number. It writes the message on failure only: torch.compile cannot print what it traces."""
+    if not fits:
+        raise ValueError(f"{argument}: {rule}, got {value}")
+
+
+@cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@torch.library.custom_op("coars_kernels::credit_policy_loss", mutates_args=())
+def _loss_and_gradient(
+    logp: Tensor,
+    teacher_logp: Tensor | None,
+    behaviour_logp: Tensor | None,
+    turn_reward: Tensor,
+    turn_offsets: Tensor,
+    turn_weight: Tensor | None,
+    turn_agent: Tensor | None,
+    old_logp: Tensor | None,
+    reference_logp: Tensor | None,
+    credit_weight: float,
+    credit_clip: float,
+    credit_center: bool,
+    objective: str,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    importance_cap: float,
+    kl_weight: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, d loss / d logp [R], metrics [K]), in fp32 or, for float64 log-probs, float64."""
+    if logp.is_cuda and logp.dtype != torch.float64 and _triton_is_installed():
+        from coars_kernels.credit_policy_loss.triton_credit import credit_policy_loss_triton
+
+        return credit_policy_loss_triton(
+            logp, teacher_logp, behaviour_logp, turn_reward, turn_offsets,
+            turn_weight, turn_agent, old_logp, reference_logp,
+            credit_weight, credit_clip, credit_center, objective, clip_low, clip_high, dual_clip,
+            importance_cap, kl_weight,
+        )  # fmt: skip
+
+    # Inside an operator the dispatcher leaves autograd out; this is the public way to bring it back.
+    with torch.inference_mode(False):
+        logp_R = logp.detach().to(_compute_dtype(logp), copy=True).requires_grad_()
+        loss, metrics = credit_policy_loss_reference(
+            logp_R, teacher_logp, behaviour_logp, turn_reward, turn_offsets,
+            turn_weight=turn_weight, turn_agent=turn_agent,
+            credit_weight=credit_weight, credit_clip=credit_clip, credit_center=credit_center,
+            objective=objective, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip,
+            old_logp=old_logp, importance_cap=importance_cap,
+            reference_logp=reference_logp, kl_weight=kl_weight,
+        )  # fmt: skip
+        (grad_R,) = torch.autograd.grad(loss, logp_R)
+        stacked = torch.stack([metrics[name].to(loss.dtype) for name in metric_names(turn_agent)])
+    return loss.detach(), grad_R, stacked
+
+
+@_loss_and_gradient.register_fake
+def _(logp: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    turn_agent, dtype = arguments[5], _compute_dtype(logp)
+    loss, grad_R = logp.new_empty((), dtype=dtype), logp.new_empty(logp.shape, dtype=dtype)
+    return loss, grad_R, logp.new_empty(len(metric_names(turn_agent)), dtype=dtype)
+
+
+def _compute_dtype(logp: Tensor) -> torch.dtype:
+    return torch.promote_types(logp.dtype, torch.float32)
+
+
+class _CreditPolicyLoss(torch.autograd.Function):
+    """(loss, metrics [K]) of the operator's arguments; gradient in the first one only."""
+
+    @staticmethod
+    def forward(ctx: Any, logp: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        loss, grad_R, metrics = _loss_and_gradient(logp, *arguments)
+        ctx.save_for_backward(grad_R)
+        ctx.mark_non_differentiable(metrics)
+        ctx.dtype, ctx.num_arguments = logp.dtype, len(arguments)
+        return loss, metrics
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        (grad_R,) = ctx.saved_tensors
+        return (grad_outputs[0] * grad_R).to(ctx.dtype), *[None] * ctx.num_arguments
 
 
 def credit_policy_loss(
@@ -123,10 +243,10 @@ def credit_policy_loss(
         logp: [R] floating (fp32 is meant), log-probs of the sampled tokens now, in nats.
         teacher_logp: [R], the same tokens given the reference; None means no credit.
         behaviour_logp: [R], log-probs when sampled; None is allowed for "faithful" only.
-        turn_reward: [M] floating, R_m.
+        turn_reward: [M] floating, R_m; finite where w_m is not 0 (checked on CPU only).
         turn_offsets: [M+1] int32 or int64: turn m owns tokens [offsets[m], offsets[m+1]). Must run from 0 to R without
             descending; checked on CPU only.
-        turn_weight: [M], w_m; by default 1/M each.
+        turn_weight: [M] floating and finite (checked on CPU only), w_m; by default 1/M each.
         turn_agent: [M] integer, 0 recommender, 1 user (checked on CPU only): for centring and for metrics by agent.
         credit_weight: lambda_SD.
         credit_clip: c, in nats.
@@ -141,12 +261,12 @@ def credit_policy_loss(
         kl_weight: weight of k3 = exp(d) - d - 1, d = reference_logp - logp; with 0 the divergence is only measured.
 
     Returns:
-        loss, a scalar in fp32 (float64 for float64 `logp`), and metrics, detached scalars on the same device; reading
-        them is the caller's only synchronisation. Means run over the tokens of turns with weight other than 0:
-        clip_fraction, approx_kl (ratio - 1 - log ratio), ratio_mean, advantage_mean, advantage_std, credit_mean,
-        credit_abs_mean (both clipped, before centring), credit_clip_fraction, kl (k3, unweighted). num_tokens;
-        num_turns (with tokens and a weight). Given `turn_agent` also loss_rec and loss_user, which add up to loss,
-        credit_mean_rec, credit_mean_user.
+        loss, a scalar in fp32 (float64 for float64 `logp`), and metrics, detached scalars of that dtype on the same
+        device; reading them is the caller's only synchronisation. Means run over the tokens of turns with weight other
+        than 0: clip_fraction, approx_kl (ratio - 1 - log ratio), ratio_mean, advantage_mean, advantage_std,
+        credit_mean, credit_abs_mean (both clipped, before centring), credit_clip_fraction, kl (k3, unweighted).
+        num_tokens; num_turns (with tokens and a weight). Given `turn_agent` also loss_rec and loss_user, which add up
+        to loss, credit_mean_rec, credit_mean_user.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or range, or another one needs it; the message begins
@@ -163,17 +283,16 @@ def credit_policy_loss(
     )
     _check_turns(logp, turn_reward, turn_offsets, turn_weight, turn_agent)
     _check_objective(objective, behaviour_logp, old_logp, dual_clip)
-    require(credit_clip >= 0.0, "credit_clip", f"must be at least 0, got {credit_clip}")
-    require(0.0 <= clip_low <= 1.0, "clip_low", f"must lie in [0, 1], got {clip_low}")
-    require(clip_high >= 0.0, "clip_high", f"must be at least 0, got {clip_high}")
-    require(importance_cap > 0.0, "importance_cap", f"must be above 0, got {importance_cap}")
-    require(kl_weight >= 0.0, "kl_weight", f"must be at least 0, got {kl_weight}")
+    _check_number(credit_clip, credit_clip >= 0.0, "credit_clip", "must be at least 0")
+    _check_number(clip_low, 0.0 <= clip_low <= 1.0, "clip_low", "must lie in [0, 1]")
+    _check_number(clip_high, clip_high >= 0.0, "clip_high", "must be at least 0")
+    _check_number(importance_cap, importance_cap > 0.0, "importance_cap", "must be above 0")
+    _check_number(kl_weight, kl_weight >= 0.0, "kl_weight", "must be at least 0")
     require(kl_weight == 0.0 or reference_logp is not None, "reference_logp", "kl_weight above 0 needs it")
-    return credit_policy_loss_reference(
+    loss, metrics = _CreditPolicyLoss.apply(
         logp, teacher_logp, behaviour_logp, turn_reward, turn_offsets,
-        turn_weight=turn_weight, turn_agent=turn_agent,
-        credit_weight=credit_weight, credit_clip=credit_clip, credit_center=credit_center,
-        objective=objective, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip,
-        old_logp=old_logp, importance_cap=importance_cap,
-        reference_logp=reference_logp, kl_weight=kl_weight,
+        turn_weight, turn_agent, old_logp, reference_logp,
+        credit_weight, credit_clip, credit_center, objective, clip_low, clip_high, dual_clip,
+        importance_cap, kl_weight,
     )  # fmt: skip
+    return loss, dict(zip(metric_names(turn_agent), metrics.unbind(), strict=True))

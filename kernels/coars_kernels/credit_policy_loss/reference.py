@@ -1,4 +1,4 @@
-"""What `credit_policy_loss` means, in plain torch: the specification, and today also what the public function runs.
+"""What `credit_policy_loss` means, in plain torch: the specification, and what runs where the Triton kernels do not.
 
     J = sum_m w_m / |y_m| sum_n [ iw_n term_n - kl_weight k3_n ],    loss = -J
 
@@ -21,6 +21,12 @@ from torch import Tensor
 OBJECTIVES = ("faithful", "clipped", "cispo", "gspo")
 NUM_AGENTS = 2
 AGENT_SUFFIXES = ("rec", "user")
+# In the order in which the operator returns them; the agents' follow where the turns' agents are given.
+METRICS = (
+    "clip_fraction", "approx_kl", "ratio_mean", "advantage_mean", "credit_mean", "credit_abs_mean",
+    "credit_clip_fraction", "kl", "advantage_std", "num_tokens", "num_turns",
+)  # fmt: skip
+AGENT_METRICS = ("loss_rec", "credit_mean_rec", "loss_user", "credit_mean_user")
 
 
 class TokenLayout(NamedTuple):
@@ -39,6 +45,11 @@ class PolicyTerm(NamedTuple):
     term_R: Tensor
     ratio_R: Tensor
     clipped_R: Tensor  # bool, where the clip decides the value
+
+
+def metric_names(turn_agent: Tensor | None) -> tuple[str, ...]:
+    """Names of the metrics of a call, in order."""
+    return METRICS if turn_agent is None else METRICS + AGENT_METRICS
 
 
 def token_layout(turn_offsets: Tensor, turn_weight: Tensor | None, num_tokens: int, dtype: torch.dtype) -> TokenLayout:
