@@ -106,7 +106,10 @@ class Learner:
     def _credit_means(self, batches: Sequence[PackedBatch]) -> Tensor:
         """[2] mean credit of each agent over all micro-batches of an update, which none of them can know alone."""
         found = _whole([self._loss(batch.to(self.device))[1] for batch in batches])
-        return torch.tensor([found[f"credit_mean_{name}"] for name in AGENT_NAMES], device=self.device)
+        means = [found[f"credit_mean_{name}"] for name in AGENT_NAMES]
+        if not all(map(math.isfinite, means)):
+            raise NonFiniteError(f"the mean credits of the agents are {means}; no weight was changed")
+        return torch.tensor(means, device=self.device)
 
     def _hidden(self, source: Any, *, adapters: bool = True) -> Tensor:
         """Hidden states of packed sequences (a batch or teacher inputs), [N, H]."""

@@ -280,6 +280,8 @@ def test_any_shape(rows: int, vocab: int, hidden: int, chunk_rows: int, trainabl
         ("temperature", {"temperature": torch.tensor([1.0, 0.0, 1.0])}),
         ("temperature", {"temperature": torch.ones(3, requires_grad=True)}),
         ("chunk_rows", {"chunk_rows": 0}),
+        ("path", {"path": "fastest"}),
+        ("path", {"path": "fused"}),  # needs a GPU
     ],
 )
 def test_errors_name_the_argument(argument: str, change: dict[str, Any]) -> None:

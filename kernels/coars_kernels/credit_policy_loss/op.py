@@ -6,8 +6,6 @@ log-probs, and where Triton is not installed it is the reference, differentiated
 Left out: a derivative of the gradient.
 """
 
-import importlib.util
-from functools import cache
 from typing import Any, TypedDict
 
 import torch
@@ -29,6 +27,7 @@ from coars_kernels.credit_policy_loss.reference import (
     credit_policy_loss_reference,
     metric_names,
 )
+from coars_kernels.dispatch import has_triton
 
 
 class CreditOptions(TypedDict, total=False):
@@ -119,11 +118,6 @@ def _check_number(value: float, fits: bool, argument: str, rule: str) -> None:
         raise ValueError(f"{argument}: {rule}, got {value}")
 
 
-@cache
-def _triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 @torch.library.custom_op("coars_kernels::credit_policy_loss", mutates_args=())
 def _loss_and_gradient(
     logp: Tensor,
@@ -146,7 +140,7 @@ def _loss_and_gradient(
     kl_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, d loss / d logp [R], metrics [K]), in fp32 or, for float64 log-probs, float64."""
-    if logp.is_cuda and logp.dtype != torch.float64 and _triton_is_installed():
+    if has_triton(logp) and logp.dtype != torch.float64:
         from coars_kernels.credit_policy_loss.triton_credit import credit_policy_loss_triton
 
         return credit_policy_loss_triton(

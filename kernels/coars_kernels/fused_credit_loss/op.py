@@ -30,6 +30,7 @@ def fused_credit_loss(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     chunk_rows: int | None = None,
+    path: str = "auto",
     **options: Unpack[CreditOptions],
 ) -> FusedCreditLoss:
     """The head of a CoARS step: both log-probabilities in one sweep over the vocabulary, then the loss (Eq. 10-12).
@@ -43,7 +44,7 @@ def fused_credit_loss(
         target: [R] int64, the sampled tokens.
         behaviour_logp: [R] fp32, their log-probs when sampled; None is allowed for objective "faithful" only.
         turn_reward, turn_offsets: [M] floating and [M+1] int32 or int64, as `credit_policy_loss` takes them.
-        bias, temperature, chunk_rows: as `paired_linear_logprob` takes them.
+        bias, temperature, chunk_rows, path: as `paired_linear_logprob` takes them.
         options: every keyword argument of `credit_policy_loss`.
 
     Returns:
@@ -54,10 +55,12 @@ def fused_credit_loss(
     """
     teacher_logp = None
     if teacher is None:
-        logp = linear_logprob(student, weight, target, bias=bias, temperature=temperature, chunk_rows=chunk_rows)
+        logp = linear_logprob(
+            student, weight, target, bias=bias, temperature=temperature, chunk_rows=chunk_rows, path=path
+        )
     else:
         logp, teacher_logp = paired_linear_logprob(
-            student, teacher, weight, target, bias=bias, temperature=temperature, chunk_rows=chunk_rows
+            student, teacher, weight, target, bias=bias, temperature=temperature, chunk_rows=chunk_rows, path=path
         )
     loss, metrics = credit_policy_loss(logp, teacher_logp, behaviour_logp, turn_reward, turn_offsets, **options)
     return FusedCreditLoss(loss, metrics, logp.detach(), teacher_logp)

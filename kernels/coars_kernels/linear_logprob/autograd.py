@@ -1,7 +1,7 @@
 """The sweep over the head as registered operations, and the autograd function in front of them.
 
-`torch.compile` sees two opaque operations (`coars_kernels::head_sweep`, `coars_kernels::head_gradients`); eager code
-pays for one of them a pass. What was not asked for is an empty tensor, since a registered operation must return tensors.
+`torch.compile` sees opaque operations (`coars_kernels::head_sweep`, `coars_kernels::head_gradients`); eager code pays
+for one of them a pass. What was not asked for is an empty tensor, since a registered operation must return tensors.
 
 Shape suffixes: R rows, V vocabulary, H hidden size.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from coars_kernels.linear_logprob.sweep import choose_chunk_rows, recompute_gradients, sweep_head
+from coars_kernels.linear_logprob.sweep import choose_chunk_rows, choose_path, recompute_gradients, sweep_head
 
 
 @torch.library.custom_op("coars_kernels::head_sweep", mutates_args=())
@@ -29,13 +29,14 @@ def head_sweep(
     chunk_rows: int,
     want_jacobian: bool,
     want_entropy: bool,
+    path: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logp [R], teacher_logp [R], jacobian [R, H], entropy [R]), all fp32; `temperature` [R] wins over the scalar."""
     sweep = sweep_head(
         hidden, teacher, weight, bias, target,
         scalar_temperature if temperature is None else temperature.float(),
         chunk_rows or choose_chunk_rows(weight),
-        want_jacobian=want_jacobian, want_entropy=want_entropy,
+        want_jacobian=want_jacobian, want_entropy=want_entropy, fused=choose_path(weight, path) == "fused",
     )  # fmt: skip
     empty = [hidden.new_empty(0, dtype=torch.float32) for _ in range(3)]
     return (
@@ -48,9 +49,19 @@ def head_sweep(
 
 @head_sweep.register_fake
 def _(
-    hidden, teacher, weight, bias, target, temperature, scalar_temperature, chunk_rows, want_jacobian, want_entropy
+    hidden,
+    teacher,
+    weight,
+    bias,
+    target,
+    temperature,
+    scalar_temperature,
+    chunk_rows,
+    want_jacobian,
+    want_entropy,
+    path,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    del weight, bias, target, temperature, scalar_temperature, chunk_rows
+    del weight, bias, target, temperature, scalar_temperature, chunk_rows, path
     rows, size = hidden.shape
 
     def made(wanted: bool, *shape: int) -> Tensor:
@@ -117,10 +128,11 @@ class _HeadLogprob(torch.autograd.Function):
         chunk_rows: int,
         return_entropy: bool,
         trainable_head: bool,
+        path: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         logp_R, teacher_logp_R, jacobian_RH, entropy_R = head_sweep(
             hidden_RH, teacher_RH, weight_VH, bias_V, target_R, temperature_R, temperature, chunk_rows,
-            not trainable_head, return_entropy,
+            not trainable_head, return_entropy, path,
         )  # fmt: skip
         ctx.trainable_head, ctx.temperature, ctx.chunk_rows = trainable_head, temperature, chunk_rows
         ctx.dtype = hidden_RH.dtype
@@ -134,7 +146,7 @@ class _HeadLogprob(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
-        grad_R, unused = grad_outputs[0], (None,) * 7
+        grad_R, unused = grad_outputs[0], (None,) * 8
         if not ctx.trainable_head:
             (jacobian_RH,) = ctx.saved_tensors
             return (grad_R[:, None] * jacobian_RH).to(ctx.dtype), None, None, *unused
@@ -183,6 +195,7 @@ def head_logprob(
     target_R: Tensor,
     temperature: float | Tensor,
     chunk_rows: int | None,
+    path: str,
     return_entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(logp, teacher_logp or None, entropy or None), each [R] fp32, of checked arguments. Autocast is off inside."""
@@ -194,13 +207,13 @@ def head_logprob(
         if torch.is_grad_enabled() and (hidden_RH.requires_grad or trainable_head):
             logp, teacher_logp, entropy = _HeadLogprob.apply(  # pyright: ignore[reportGeneralTypeIssues]
                 hidden_RH, weight_VH, bias_V, teacher_RH, target_R, temperature_R, scalar, chunk_rows or 0,
-                return_entropy, trainable_head,
+                return_entropy, trainable_head, path,
             )  # fmt: skip
             if return_entropy:
                 entropy = _EntropyValue.apply(entropy, hidden_RH if hidden_RH.requires_grad else weight_VH)
         else:
             logp, teacher_logp, _, entropy = head_sweep(
                 hidden_RH.detach(), teacher_RH, weight_VH.detach(), None if bias_V is None else bias_V.detach(),
-                target_R, temperature_R, scalar, chunk_rows or 0, False, return_entropy,
+                target_R, temperature_R, scalar, chunk_rows or 0, False, return_entropy, path,
             )  # fmt: skip
     return logp, None if teacher_RH is None else teacher_logp, entropy if return_entropy else None

@@ -1,4 +1,4 @@
-"""`linear_logprob`: the public function, its checks, and the chunked path behind it."""
+"""`linear_logprob`: the public function, its checks, and the sweep over the head behind it."""
 
 from typing import Literal, overload
 
@@ -14,7 +14,9 @@ from coars_kernels.checks import (
     require_shape,
     values_are_visible,
 )
+from coars_kernels.dispatch import has_triton
 from coars_kernels.linear_logprob.autograd import head_logprob
+from coars_kernels.linear_logprob.sweep import PATHS
 
 
 def check_head_inputs(
@@ -25,6 +27,7 @@ def check_head_inputs(
     bias: Tensor | None,
     temperature: float | Tensor,
     chunk_rows: int | None,
+    path: str,
 ) -> None:
     """The checks that every operation on the head shares; raises `ValueError` naming the argument."""
     require(hidden.dim() == 2, hidden_name, f"expected [R, H], got shape {list(hidden.shape)}")
@@ -53,6 +56,9 @@ def check_head_inputs(
     else:
         require(0.0 < temperature < float("inf"), "temperature", f"must be positive and finite, got {temperature}")
     require(chunk_rows is None or chunk_rows >= 1, "chunk_rows", f"must be at least 1, got {chunk_rows}")
+    require(path in PATHS, "path", f"expected one of {', '.join(PATHS)}, got {path!r}")
+    if path == "fused":
+        require(has_triton(weight), "path", f"fused needs Triton and a CUDA device, weight is on {weight.device}")
 
 
 @overload
@@ -65,6 +71,7 @@ def linear_logprob(
     temperature: float | Tensor = 1.0,
     return_entropy: Literal[False] = False,
     chunk_rows: int | None = None,
+    path: str = "auto",
 ) -> Tensor: ...
 
 
@@ -78,6 +85,7 @@ def linear_logprob(
     temperature: float | Tensor = 1.0,
     return_entropy: Literal[True],
     chunk_rows: int | None = None,
+    path: str = "auto",
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -90,6 +98,7 @@ def linear_logprob(
     temperature: float | Tensor = 1.0,
     return_entropy: bool = False,
     chunk_rows: int | None = None,
+    path: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each target token under softmax((hidden @ weight.T + bias) / temperature), in nats.
 
@@ -103,7 +112,9 @@ def linear_logprob(
         bias: [V] floating, or None; -inf forbids a token.
         temperature: positive float, or a [R] floating tensor, one value per row (no gradient).
         return_entropy: also return the entropy of each row's distribution.
-        chunk_rows: rows whose logits exist at one time; by default about 64 MiB of fp32 logits, 16 to 2048 rows.
+        chunk_rows: rows whose logits exist at one time; by default `sweep.default_chunk_rows`.
+        path: on a CUDA device `library` (library product and row kernel), `fused` (one Triton product that keeps no
+            logits; needs Triton), or `auto`, the one that was measured to be faster there. A CPU has one path.
 
     Returns:
         logp [R] fp32 (-inf for a forbidden target), or (logp, entropy), entropy [R] fp32 in nats. The entropy is a
@@ -113,6 +124,6 @@ def linear_logprob(
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or range; the message begins with its name.
     """
-    check_head_inputs(hidden, "hidden", weight, target, bias, temperature, chunk_rows)
-    logp, _, entropy = head_logprob(hidden, None, weight, bias, target, temperature, chunk_rows, return_entropy)
+    check_head_inputs(hidden, "hidden", weight, target, bias, temperature, chunk_rows, path)
+    logp, _, entropy = head_logprob(hidden, None, weight, bias, target, temperature, chunk_rows, path, return_entropy)
     return logp if entropy is None else (logp, entropy)

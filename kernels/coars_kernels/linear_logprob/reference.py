@@ -13,12 +13,14 @@ def linear_logprob_reference(
     temperature: float | Tensor = 1.0,
     return_entropy: bool = False,
     chunk_rows: int | None = None,
+    path: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-softmax of `(hidden @ weight.T + bias) / temperature` at `target`; the signature of `linear_logprob`.
 
-    16-bit inputs are widened to fp32 first; float64 stays float64, for use as the yardstick. `chunk_rows` is ignored.
+    16-bit inputs are widened to fp32 first; float64 stays float64, for use as the yardstick. `chunk_rows` and `path`
+    are ignored.
     """
-    del chunk_rows
+    del chunk_rows, path
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     logits_RV = hidden.to(dtype) @ weight.to(dtype).T
     if bias is not None:

@@ -6,8 +6,9 @@ give NaN):
     mass_v = exp(z_v - m) for v != y,  mass_y = 0,     others = sum_v mass_v,     total = others + exp(z_y - m)
     log p_y = z_y - m - log(total)                   d log p_y / d z_v = [v = y] others / total - mass_v / total
 
-The target is left out by its index, so neither log p_y nor 1 - p_y cancels where p_y is close to 1, and log p_y is never
-above zero. The division by `total` comes after the product with the weight: no pass over the vocabulary is spent on it.
+The target is left out by its index, so neither log p_y nor 1 - p_y cancels where p_y is close to 1, and log p_y is
+never above zero. The division by `total` comes after the product with the weight: no pass over the vocabulary is spent
+on it.
 
 Shape suffixes: C rows of a chunk, V vocabulary, B rows of a block, 1 a single column.
 """
@@ -22,7 +23,7 @@ BLOCK_ELEMENTS = 2**18
 
 
 class RowMasses(NamedTuple):
-    """What one row of logits comes to, all [C] fp32: d logp / dh = (others * W_y - inverse * (mass @ W)) / temperature."""
+    """What one row of logits comes to, all [C] fp32. d logp / dh = (others W_y - inverse (mass @ W)) / temperature."""
 
     logp_C: Tensor
     others_C: Tensor  # probability of all tokens but the target

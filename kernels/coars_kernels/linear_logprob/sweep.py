@@ -10,7 +10,8 @@ computes the logits again chunk by chunk, because dW needs the softmax itself.
 
 Logits are fp32 whatever the inputs: products are accumulated in fp32 and stored in fp32, and the target's logit and the
 log-sum-exp come from that one buffer (mixing precisions gives log-probabilities above zero). J is kept in fp32 too, so
-that a gradient is rounded once. `rows.py` (CPU) and `triton_rows.py` (CUDA) make masses of the logits.
+that a gradient is rounded once. `rows.py` (CPU) and `triton_rows.py` (CUDA) make masses of the logits;
+`triton_fused.py` makes them without logits. `choose_path` says which of the two designs runs on a GPU.
 
 Shape suffixes: R rows, C rows of a chunk, V vocabulary, H hidden size.
 """
@@ -22,8 +23,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from coars_kernels.dispatch import has_triton
 from coars_kernels.linear_logprob.rows import RowMasses, row_masses_
 
+PATHS = ("auto", "library", "fused")
 CPU_CHUNK_ROWS = 512
 CPU_BUFFER_BYTES = 64 * 2**20
 CUDA_BUFFER_BYTES = 1100 * 2**20
@@ -31,6 +34,21 @@ WIDEN_ROWS = 8192
 """On CPU a 16-bit head is widened to fp32 in slabs of this many vocabulary rows, never whole."""
 TILE_ROWS, TILE_COLUMNS = 128, 256
 """Output tile of the library's matrix products on Ampere and Hopper, by which `cuda_chunk_rows` counts waves."""
+
+
+FUSED_IS_FASTER: frozenset[tuple[int, int]] = frozenset()
+"""(compute capability, bytes per number) for which the fused product was measured to be faster than library product and
+row kernel (docs/log.md). None yet: nothing has been measured on a GPU."""
+
+
+def choose_path(weight_VH: Tensor, path: str) -> str:
+    """`library` (library product, then a row kernel) or `fused` (one Triton product) for `auto`; others as named."""
+    if path != "auto":
+        return path
+    if not has_triton(weight_VH):
+        return "library"
+    major, minor = torch.cuda.get_device_capability(weight_VH.device)
+    return "fused" if (10 * major + minor, weight_VH.element_size()) in FUSED_IS_FASTER else "library"
 
 
 def default_chunk_rows(vocab_size: int, num_processors: int = 0) -> int:
@@ -82,17 +100,27 @@ class Head:
     """A weight, its bias and a chunk's buffers: products with the weight, accumulated and returned in fp32.
 
     CUDA multiplies 16-bit operands into an fp32 result; a CPU has no such product, so there operands are widened.
+
+    Args:
+        weight_VH, bias_V: the head.
+        chunk_rows: rows of the largest chunk.
+        want_masses: `project` or `jacobian` will be called.
+        fused: masses by the fused product, without logits (CUDA with Triton only).
     """
 
-    def __init__(self, weight_VH: Tensor, bias_V: Tensor | None, chunk_rows: int, *, want_masses: bool):
-        self.weight_VH, self.bias_V = weight_VH, None if bias_V is None else bias_V.float()
+    def __init__(
+        self, weight_VH: Tensor, bias_V: Tensor | None, chunk_rows: int, *, want_masses: bool, fused: bool = False
+    ):
+        self.weight_VH, self.bias_V = weight_VH, None if bias_V is None else bias_V.float().contiguous()
         vocab_size, low_precision = weight_VH.shape[0], weight_VH.dtype != torch.float32
-        self.native = weight_VH.is_cuda
+        self.native, self.triton, self.fused = weight_VH.is_cuda, has_triton(weight_VH), fused
         self.slab = WIDEN_ROWS if low_precision and not self.native else vocab_size
-        self.logits_CV = weight_VH.new_empty(chunk_rows, vocab_size, dtype=torch.float32)
-        # 16-bit masses get a buffer of their own: a row that overflows is repaired from its logits.
-        separate = self.native and low_precision and want_masses
-        self.mass_CV = weight_VH.new_empty(chunk_rows, vocab_size) if separate else self.logits_CV
+        # Rows that begin at a multiple of 16 numbers are read and written in wide words whatever the vocabulary.
+        columns = -(-vocab_size // 16) * 16 if self.native else vocab_size
+        self.logits_CV = None if fused else weight_VH.new_empty(chunk_rows, columns, dtype=torch.float32)
+        # 16-bit masses get a buffer of their own: a row that overflows is done again from its logits.
+        separate = want_masses and (fused or (self.native and low_precision))
+        self.mass_CV = weight_VH.new_empty(chunk_rows, columns) if separate else None
 
     def _slabs(self) -> list[slice]:
         vocab_size = self.weight_VH.shape[0]
@@ -108,21 +136,55 @@ class Head:
         want_masses: bool = True,
     ) -> tuple[RowMasses, Tensor]:
         """Statistics of each row, and the masses [C, V] that `project` takes (worth nothing unless wanted)."""
-        logits_CV = self.logits_CV[: len(hidden_CH)]
-        if self.native:
-            from coars_kernels.linear_logprob.triton_rows import row_masses
+        assert self.logits_CV is not None, "the fused product keeps no logits"
+        logits_CV = self.logits_CV[: len(hidden_CH), : self.weight_VH.shape[0]]
+        if not self.native:
+            hidden_CH = hidden_CH.float()
+            for slab in self._slabs():
+                torch.mm(hidden_CH, self.weight_VH[slab].float().T, out=logits_CV[:, slab])
+            return row_masses_(logits_CV, target_C, self.bias_V, temperature, want_entropy=want_entropy), logits_CV
+        _multiply(hidden_CH, self.weight_VH.T, logits_CV)
+        mass_CV = logits_CV if self.mass_CV is None else self.mass_CV[: len(hidden_CH), : self.weight_VH.shape[0]]
+        if not self.triton:
+            rows = row_masses_(logits_CV, target_C, self.bias_V, temperature, want_entropy=want_entropy)
+            return rows, mass_CV.copy_(logits_CV) if self.mass_CV is not None else logits_CV
+        from coars_kernels.linear_logprob.triton_rows import row_masses
 
-            _multiply(hidden_CH, self.weight_VH.T, logits_CV)
-            mass_CV = self.mass_CV[: len(hidden_CH)]
-            statistics = row_masses(
-                logits_CV, target_C, bias_V=self.bias_V, temperature=temperature,
-                mass_CV=mass_CV if want_masses else None, want_entropy=want_entropy,
+        rows = row_masses(
+            logits_CV, target_C, bias_V=self.bias_V, temperature=temperature,
+            mass_CV=mass_CV if want_masses else None, want_entropy=want_entropy,
+        )  # fmt: skip
+        return rows, mass_CV
+
+    def paired_masses(
+        self,
+        student_CH: Tensor,
+        teacher_CH: Tensor | None,
+        target_C: Tensor,
+        temperature: float | Tensor,
+        *,
+        want_entropy: bool = False,
+        want_masses: bool = True,
+    ) -> tuple[RowMasses, Tensor, Tensor | None]:
+        """As `masses` of the student's rows, and the teacher's log-probabilities: in one product, or one after the
+        other through one buffer."""
+        if self.fused:
+            from coars_kernels.linear_logprob.triton_fused import fused_masses
+
+            mass_CV = None if self.mass_CV is None else self.mass_CV[: len(student_CH)]
+            rows, teacher_logp = fused_masses(
+                student_CH, teacher_CH, self.weight_VH, target_C, bias_V=self.bias_V, temperature=temperature,
+                mass_CV=mass_CV, want_entropy=want_entropy,
             )  # fmt: skip
-            return statistics, mass_CV
-        hidden_CH = hidden_CH.float()
-        for slab in self._slabs():
-            torch.mm(hidden_CH, self.weight_VH[slab].float().T, out=logits_CV[:, slab])
-        return row_masses_(logits_CV, target_C, self.bias_V, temperature, want_entropy=want_entropy), logits_CV
+            used_CV = rows.logp_C if mass_CV is None else mass_CV[:, : self.weight_VH.shape[0]]
+            return rows, used_CV, teacher_logp
+        teacher_logp = None
+        if teacher_CH is not None:  # first, so that the student's masses stay in the buffer
+            teacher_logp = self.masses(teacher_CH, target_C, temperature, want_masses=False)[0].logp_C
+        rows, mass_CV = self.masses(
+            student_CH, target_C, temperature, want_entropy=want_entropy, want_masses=want_masses
+        )
+        return rows, mass_CV, teacher_logp
 
     def project(self, mass_CV: Tensor) -> Tensor:
         """mass @ W, [C, H] fp32"""
@@ -139,7 +201,7 @@ class Head:
     ) -> None:
         """out = (others * W[y] - inverse * (mass @ W)) / temperature"""
         product_CH = self.project(mass_CV)
-        if self.native:
+        if self.triton:
             from coars_kernels.linear_logprob.triton_rows import jacobian_rows
 
             jacobian_rows(product_CH, self.weight_VH, target_C, rows.others_C, rows.inverse_C, temperature, out_CH)
@@ -188,27 +250,28 @@ def sweep_head(
     *,
     want_jacobian: bool,
     want_entropy: bool,
+    fused: bool = False,
 ) -> Sweep:
-    """Forward pass over all rows; student and teacher take turns in the buffer. Builds no autograd graph."""
+    """Forward pass over all rows. Builds no autograd graph."""
     num_rows = len(hidden_RH)
     logp_R = hidden_RH.new_empty(num_rows, dtype=torch.float32)
     teacher_logp_R = None if teacher_RH is None else torch.empty_like(logp_R)
     entropy_R = torch.empty_like(logp_R) if want_entropy else None
     jacobian_RH = torch.empty_like(hidden_RH, dtype=torch.float32) if want_jacobian else None
-    head = Head(weight_VH, bias_V, min(chunk_rows, num_rows), want_masses=want_jacobian)
+    head = Head(weight_VH, bias_V, min(chunk_rows, num_rows), want_masses=want_jacobian, fused=fused)
     for chunk in chunks(num_rows, chunk_rows):
         target_C, chunk_temperature = target_R[chunk], _of_rows(temperature, chunk)
-        rows, mass_CV = head.masses(
-            hidden_RH[chunk], target_C, chunk_temperature, want_entropy=want_entropy, want_masses=want_jacobian
-        )
+        rows, mass_CV, teacher_logp_C = head.paired_masses(
+            hidden_RH[chunk], None if teacher_RH is None else teacher_RH[chunk], target_C, chunk_temperature,
+            want_entropy=want_entropy, want_masses=want_jacobian,
+        )  # fmt: skip
         logp_R[chunk] = rows.logp_C
         if entropy_R is not None and rows.entropy_C is not None:
             entropy_R[chunk] = rows.entropy_C
+        if teacher_logp_R is not None and teacher_logp_C is not None:
+            teacher_logp_R[chunk] = teacher_logp_C
         if jacobian_RH is not None:
             head.jacobian(mass_CV, target_C, rows, chunk_temperature, jacobian_RH[chunk])
-        if teacher_RH is not None and teacher_logp_R is not None:
-            rows, _ = head.masses(teacher_RH[chunk], target_C, chunk_temperature, want_masses=False)
-            teacher_logp_R[chunk] = rows.logp_C
     return Sweep(logp_R, teacher_logp_R, jacobian_RH, entropy_R)
 
 

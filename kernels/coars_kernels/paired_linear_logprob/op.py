@@ -1,4 +1,4 @@
-"""`paired_linear_logprob`: the public function. The chunk loop is `linear_logprob`'s, with two rows per token."""
+"""`paired_linear_logprob`: the public function. The sweep is `linear_logprob`'s, with two rows per token."""
 
 from torch import Tensor
 
@@ -16,12 +16,12 @@ def paired_linear_logprob(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     chunk_rows: int | None = None,
+    path: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the same targets under the student's and the teacher's hidden states (Eq. 10), in nats.
 
-    Student and teacher rows go through the head in one matrix product per chunk, so the weight is read once for both;
-    equal rows give equal log-probabilities but for that product's rounding, which with several threads depends on where
-    a row stands. No gradient reaches `teacher`, nor `weight` through the teacher.
+    Values are those of two calls of `linear_logprob`, to the last bit on one path with one chunk size. No gradient
+    reaches `teacher`, nor `weight` through the teacher.
 
     Args:
         student: [R, H] fp32, bf16 or fp16 hidden states with gradient.
@@ -30,7 +30,7 @@ def paired_linear_logprob(
         target: [R] int64, token ids in [0, V). The range is checked on CPU only.
         bias: [V] floating, or None.
         temperature: positive float, or a [R] floating tensor.
-        chunk_rows: tokens per chunk; each has two rows of logits. By default about 64 MiB of fp32 logits.
+        chunk_rows, path: as in `linear_logprob`.
 
     Returns:
         (logp, teacher_logp), both [R] fp32; the second never requires grad.
@@ -38,10 +38,10 @@ def paired_linear_logprob(
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or range; the message begins with its name.
     """
-    check_head_inputs(student, "student", weight, target, bias, temperature, chunk_rows)
+    check_head_inputs(student, "student", weight, target, bias, temperature, chunk_rows, path)
     require_shape(teacher, "teacher", tuple(student.shape))
     require_dtype(teacher, "teacher", (student.dtype,))
     require_device(teacher, "teacher", student, "student")
-    logp, teacher_logp, _ = head_logprob(student, teacher, weight, bias, target, temperature, chunk_rows)
+    logp, teacher_logp, _ = head_logprob(student, teacher, weight, bias, target, temperature, chunk_rows, path)
     assert teacher_logp is not None
     return logp, teacher_logp

@@ -15,9 +15,10 @@ def paired_linear_logprob_reference(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     chunk_rows: int | None = None,
+    path: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """(logp, teacher_logp); the signature of `paired_linear_logprob`. `chunk_rows` is ignored."""
-    del chunk_rows
+    """(logp, teacher_logp); the signature of `paired_linear_logprob`. `chunk_rows` and `path` are ignored."""
+    del chunk_rows, path
     logp = linear_logprob_reference(student, weight, target, bias=bias, temperature=temperature)
     with torch.no_grad():
         teacher_logp = linear_logprob_reference(teacher, weight, target, bias=bias, temperature=temperature)
