@@ -145,7 +145,9 @@ class _HeadLogprob(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Any, ...]:
         grad_R, unused = grad_outputs[0], (None,) * 8
         if not ctx.trainable_head:
             (jacobian_RH,) = ctx.saved_tensors
@@ -183,7 +185,9 @@ class _EntropyValue(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, Tensor]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[None, Tensor]:
         return None, refuse_entropy_gradient(grad_outputs[0], *ctx.saved_tensors)
 
 

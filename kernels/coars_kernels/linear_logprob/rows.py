@@ -1,25 +1,27 @@
 """Rows of logits -> log-probabilities and what the gradient needs of them, in plain torch: the CPU's half of the sweep.
 
-With logits z, target y and the row's maximum m (never a running one that starts at 0: strongly negative rows would
-give NaN):
+With logits z, target y and the row's maximum m:
 
     mass_v = exp(z_v - m) for v != y,  mass_y = 0,     others = sum_v mass_v,     total = others + exp(z_y - m)
     log p_y = z_y - m - log(total)                   d log p_y / d z_v = [v = y] others / total - mass_v / total
 
 The target is left out by its index, so neither log p_y nor 1 - p_y cancels where p_y is close to 1, and log p_y is
-never above zero. The division by `total` comes after the product with the weight: no pass over the vocabulary is spent
-on it.
+never above zero. torch's softmax does nearly all of it in one pass over a row that stays in the cache, already divided
+by `total`; the few rows whose target is too small for its result are done again by the equations.
 
-Shape suffixes: C rows of a chunk, V vocabulary, B rows of a block, 1 a single column.
+Shape suffixes: C rows of a chunk, V vocabulary, F rows done again, B rows of a block, 1 a single column.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+SMALLEST = 1e-30
+"""Below this a probability is not taken from the softmax: its logarithm would lose digits, and at 1e-38 everything."""
 BLOCK_ELEMENTS = 2**18
-"""Logits worked on at a time, 1 MiB: all passes but the first find them in the cache."""
+"""Logits worked on at a time for the entropy, 1 MiB."""
 
 
 class RowMasses(NamedTuple):
@@ -37,55 +39,69 @@ def row_masses_(
     bias_V: Tensor | None,
     temperature: float | Tensor,
     *,
+    again: Callable[[Tensor], Tensor],
     want_entropy: bool = False,
 ) -> RowMasses:
-    """Turn fp32 `logits` (before bias and temperature) into masses, in place.
+    """Turn fp32 `logits` (before bias and temperature) into masses, in place; they are divided by `total` already.
 
     Args:
         logits_CV: [C, V] fp32 `hidden @ weight.T`; holds the masses afterwards.
         target_C: [C] int64.
         bias_V: [V] fp32 or None; -inf forbids a token.
         temperature: float, or [C] fp32.
+        again: rows' numbers [F] int64 -> their logits [F, V] once more, for rows that are done again.
         want_entropy: the entropy too.
 
     A row without any allowed token gives logp -inf, and 0 for everything else.
     """
-    logp_C, others_C, inverse_C = (logits_CV.new_empty(len(logits_CV)) for _ in range(3))
-    entropy_C = logits_CV.new_empty(len(logits_CV)) if want_entropy else None
-    rows = max(BLOCK_ELEMENTS // logits_CV.shape[1], 1)
-    for start in range(0, len(logits_CV), rows):
-        block = slice(start, start + rows)
-        z_BV, target_B1 = logits_CV[block], target_C[block, None]
-        if bias_V is not None:
-            z_BV.add_(bias_V)
-        if isinstance(temperature, Tensor):
-            z_BV.div_(temperature[block, None])
-        elif temperature != 1.0:
-            z_BV.div_(temperature)
-        peak_B1 = z_BV.amax(1, keepdim=True)
-        z_BV.sub_(peak_B1.masked_fill_(peak_B1 == -torch.inf, 0.0))
-        masses = _exponentiate_(z_BV, target_B1, want_entropy)
-        logp_C[block], others_C[block], inverse_C[block] = masses.logp_C, masses.others_C, masses.inverse_C
-        if entropy_C is not None and masses.entropy_C is not None:
-            entropy_C[block] = masses.entropy_C
-    return RowMasses(logp_C, others_C, inverse_C, entropy_C)
+    target_C1 = target_C[:, None]
+    mass_CV = torch.softmax(_scaled_(logits_CV, bias_V, temperature), -1, out=logits_CV)
+    own_C1 = mass_CV.gather(1, target_C1)
+    entropy_C = _entropy(mass_CV) if want_entropy else None
+    others_C1 = mass_CV.scatter_(1, target_C1, 0.0).sum(1, keepdim=True)
+    logp_C = torch.where(others_C1 < 0.5, torch.log1p(-others_C1), own_C1.log()).squeeze(1)
+    others_C = others_C1.squeeze(1)
+    small_C1 = own_C1 <= SMALLEST
+    if bias_V is not None:  # where all tokens are forbidden, the softmax is NaN
+        small_C1 |= own_C1.isnan()
+    rows_F = small_C1.squeeze(1).nonzero().squeeze(1)
+    if len(rows_F):
+        row_temperature = temperature[rows_F] if isinstance(temperature, Tensor) else temperature
+        z_FV = _scaled_(again(rows_F), bias_V, row_temperature)
+        mass_FV, logp_C[rows_F], others_C[rows_F], entropy_F = _carefully(z_FV, target_C[rows_F, None])
+        mass_CV[rows_F] = mass_FV
+        if entropy_C is not None:
+            entropy_C[rows_F] = entropy_F
+    return RowMasses(logp_C, others_C, torch.ones_like(logp_C), entropy_C)
 
 
-def _exponentiate_(z_BV: Tensor, target_B1: Tensor, want_entropy: bool) -> RowMasses:
-    """`row_masses_` of one block whose maximum has been subtracted."""
-    shifted_B1 = z_BV.gather(1, target_B1)
-    shifted_BV = z_BV.clone() if want_entropy else None
-    mass_BV = z_BV.exp_()
-    mass_BV.scatter_(1, target_B1, 0.0)
-    own_B1, others_B1 = shifted_B1.exp(), mass_BV.sum(1, keepdim=True)
-    total_B1 = own_B1 + others_B1
-    log_total_B1 = torch.where(shifted_B1 == 0.0, others_B1.log1p(), total_B1.log())
-    logp_B1 = torch.where(shifted_B1 == -torch.inf, shifted_B1, shifted_B1 - log_total_B1)
-    inverse_B1 = torch.where(total_B1 == 0.0, 0.0, total_B1.reciprocal())
-    entropy_B = None
-    if shifted_BV is not None:
-        # -sum p log p = log(total) - sum mass (z - m) / total; where the mass is 0, z - m may be -inf
-        weighted_B1 = shifted_BV.mul_(mass_BV).masked_fill_(mass_BV == 0.0, 0.0).sum(1, keepdim=True)
-        weighted_B1 += torch.where(own_B1 == 0.0, 0.0, own_B1 * shifted_B1)
-        entropy_B = torch.where(total_B1 == 0.0, 0.0, log_total_B1 - weighted_B1 * inverse_B1).squeeze(1)
-    return RowMasses(logp_B1.squeeze(1), (others_B1 * inverse_B1).squeeze(1), inverse_B1.squeeze(1), entropy_B)
+def _scaled_(logits_CV: Tensor, bias_V: Tensor | None, temperature: float | Tensor) -> Tensor:
+    """(logits + bias) / temperature, in place."""
+    if bias_V is not None:
+        logits_CV.add_(bias_V)
+    if isinstance(temperature, Tensor):
+        logits_CV.div_(temperature[:, None])
+    elif temperature != 1.0:
+        logits_CV.div_(temperature)
+    return logits_CV
+
+
+def _entropy(probability_CV: Tensor) -> Tensor:
+    """-sum p log p of each row [C], in blocks that stay in the cache."""
+    rows = max(BLOCK_ELEMENTS // probability_CV.shape[1], 1)
+    return torch.cat([torch.special.entr(block_BV).sum(1) for block_BV in probability_CV.split(rows)])
+
+
+def _carefully(z_FV: Tensor, target_F1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(masses divided by total, logp, others / total, entropy) by the equations above; `z` is overwritten."""
+    peak_F1 = z_FV.amax(1, keepdim=True)
+    z_FV.sub_(peak_F1.masked_fill_(peak_F1 == -torch.inf, 0.0))
+    lead_F1 = z_FV.gather(1, target_F1)
+    mass_FV = z_FV.exp_().scatter_(1, target_F1, 0.0)
+    own_F1, others_F1 = lead_F1.exp(), mass_FV.sum(1, keepdim=True)
+    total_F1 = own_F1 + others_F1
+    logp_F1 = torch.where(lead_F1 == -torch.inf, lead_F1, lead_F1 - total_F1.log())
+    inverse_F1 = torch.where(total_F1 == 0.0, 0.0, total_F1.reciprocal())
+    mass_FV.mul_(inverse_F1)
+    entropy_F = _entropy(mass_FV) + torch.special.entr(own_F1 * inverse_F1).squeeze(1)
+    return mass_FV, logp_F1.squeeze(1), (others_F1 * inverse_F1).squeeze(1), entropy_F

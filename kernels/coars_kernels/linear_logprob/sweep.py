@@ -126,6 +126,14 @@ class Head:
         vocab_size = self.weight_VH.shape[0]
         return [slice(start, min(start + self.slab, vocab_size)) for start in range(0, vocab_size, self.slab)]
 
+    def _logits_(self, hidden_CH: Tensor, out_CV: Tensor) -> Tensor:
+        """hidden @ W.T, before bias and temperature."""
+        if self.native or self.weight_VH.dtype == torch.float32:
+            return _multiply(hidden_CH, self.weight_VH.T, out_CV)
+        for slab in self._slabs():
+            torch.mm(hidden_CH.float(), self.weight_VH[slab].float().T, out=out_CV[:, slab])
+        return out_CV
+
     def masses(
         self,
         hidden_CH: Tensor,
@@ -138,16 +146,19 @@ class Head:
         """Statistics of each row, and the masses [C, V] that `project` takes (worth nothing unless wanted)."""
         assert self.logits_CV is not None, "the fused product keeps no logits"
         logits_CV = self.logits_CV[: len(hidden_CH), : self.weight_VH.shape[0]]
-        if not self.native:
-            hidden_CH = hidden_CH.float()
-            for slab in self._slabs():
-                torch.mm(hidden_CH, self.weight_VH[slab].float().T, out=logits_CV[:, slab])
-            return row_masses_(logits_CV, target_C, self.bias_V, temperature, want_entropy=want_entropy), logits_CV
-        _multiply(hidden_CH, self.weight_VH.T, logits_CV)
+        self._logits_(hidden_CH, logits_CV)
         mass_CV = logits_CV if self.mass_CV is None else self.mass_CV[: len(hidden_CH), : self.weight_VH.shape[0]]
         if not self.triton:
-            rows = row_masses_(logits_CV, target_C, self.bias_V, temperature, want_entropy=want_entropy)
-            return rows, mass_CV.copy_(logits_CV) if self.mass_CV is not None else logits_CV
+
+            def again(rows_F: Tensor) -> Tensor:
+                out_FV = logits_CV.new_empty(len(rows_F), logits_CV.shape[1])
+                for out_V, row in zip(out_FV, rows_F.tolist(), strict=True):
+                    # one by one: a row's rounding must not depend on which others come along
+                    self._logits_(hidden_CH[row : row + 1], out_V[None])
+                return out_FV
+
+            rows = row_masses_(logits_CV, target_C, self.bias_V, temperature, again=again, want_entropy=want_entropy)
+            return rows, logits_CV if self.mass_CV is None else mass_CV.copy_(logits_CV)
         from coars_kernels.linear_logprob.triton_rows import row_masses
 
         rows = row_masses(
