@@ -42,7 +42,7 @@ class PretrainConfig:
     """Go on from a folder that an earlier call left, with the round `first_round`."""
     first_round: int = 1
     """Round to begin with."""
-    num_steps: tuple[int, int] = (3600, 1500)
+    num_steps: tuple[int, int] = (3600, 2600)
     """Optimizer steps of the two rounds."""
     tokens_per_step: int = 2500
     """About this many tokens a step."""

@@ -91,6 +91,7 @@ class LessonMaker:
         repeat: bool = True,
         popular_rate: float = 0.25,
         absent_rate: float = 0.0,
+        history_length: int = 0,
     ) -> Lesson:
         """Titles by what is wanted, in the words of a recommender's reply, many to a list.
 
@@ -99,20 +100,23 @@ class LessonMaker:
             num_items: length of the list.
             repeat: a query may come again (and can be answered from before).
             popular_rate: share of queries for what is popular within a genre.
-            absent_rate: share of queries for any style and genre, which the list may not hold: the best that it does
-                hold is right then.
+            absent_rate: share of queries for a title of the history, or where there is none for any style and genre.
+                The list may hold no such title: the best that it does hold is right then, never one from the history.
+            history_length: other titles shown before the list, as a user's history.
         """
-        titles = draw_titles(num_items, rng)
+        drawn = draw_titles(num_items + history_length, rng)
+        titles, history = drawn[:num_items], drawn[num_items:]
         answers: list[tuple[str, bool]] = []
         for i in rng.integers(num_items, size=6) if repeat else rng.permutation(num_items)[:6]:
             style, genre = kind(titles[i])
             if absent_rate and rng.random() < absent_rate:
-                style, genre = list(STYLES)[rng.integers(len(STYLES))], list(GENRES)[rng.integers(len(GENRES))]
+                style, genre = kind(history[rng.integers(len(history))] if history else draw_titles(1, rng)[0])
             if rng.random() < popular_rate:
                 style = personas.POPULAR
             found = personas.choose(titles, style, genre, set())
             answers += [(f"Reason: likes {style} {genre}.\nItem:", False), (f" {titles[found]}", True), ("\n", False)]
-        return self._drill("Candidates: " + "; ".join(titles), *answers)
+        shown = "Candidates: " + "; ".join(titles)
+        return self._drill(f"History: {'; '.join(history)}\n{shown}" if history else shown, *answers)
 
     def taste(self, rng: np.random.Generator) -> Lesson:
         """What a history says about its user."""
@@ -318,10 +322,14 @@ class Curriculum:
     def second_round(self) -> list[tuple[float, Draw]]:
         """Kinds of lessons with their weights in the second round."""
         maker = self.maker
+        length = maker.history_length
+        beside_history = partial(
+            maker.recommending, repeat=False, popular_rate=0.1, absent_rate=0.7, history_length=length
+        )
         return [
-            (0.12, lambda rng: [maker.kinds(rng), maker.taste(rng), maker.matches(rng)]),
+            (0.1, lambda rng: [maker.kinds(rng), maker.taste(rng), maker.matches(rng)]),
             (0.15, self._lists(maker.copying)),
-            (0.28, self._lists(partial(maker.recommending, repeat=False, absent_rate=0.5))),
-            (0.3, maker.conversation),
-            (0.15, lambda rng: [maker.reference(rng)]),
+            (0.35, self._lists(beside_history)),
+            (0.28, maker.conversation),
+            (0.12, lambda rng: [maker.reference(rng)]),
         ]

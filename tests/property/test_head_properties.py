@@ -1,7 +1,7 @@
 """The head's log-probabilities for any layout and extreme logits, with uninitialised memory full of NaN.
 
-The yardstick is float64; an error may exceed that of eager fp32 on the same inputs by a few roundings of the values, and
-no more.
+The yardstick is float64; an error may exceed that of eager fp32 on the same inputs by a few roundings of the values,
+and no more.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ def head_sweep(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logp [R], teacher_logp [R], jacobian [R, H], entropy [R]), all fp32; `temperature` [R] wins over the scalar."""
     sweep = sweep_head(
-        hidden, teacher, weight, bias, target,
-        scalar_temperature if temperature is None else temperature.float(),
+        hidden.contiguous(), None if teacher is None else teacher.contiguous(), weight, bias, target.contiguous(),
+        scalar_temperature if temperature is None else temperature.float().contiguous(),
         chunk_rows or choose_chunk_rows(weight),
         want_jacobian=want_jacobian, want_entropy=want_entropy, fused=choose_path(weight, path) == "fused",
     )  # fmt: skip
@@ -87,8 +87,8 @@ def head_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden [R, H], weight [V, H] and bias [V], in their dtypes, for a trainable head."""
     made = recompute_gradients(
-        grad, hidden, weight, bias, target,
-        scalar_temperature if temperature is None else temperature.float(),
+        grad, hidden.contiguous(), weight, bias, target.contiguous(),
+        scalar_temperature if temperature is None else temperature.float().contiguous(),
         chunk_rows or choose_chunk_rows(weight),
         want_hidden=want_hidden, want_weight=want_weight, want_bias=want_bias,
     )  # fmt: skip

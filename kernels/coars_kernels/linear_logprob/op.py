@@ -45,6 +45,8 @@ def check_head_inputs(
         require(bias.is_floating_point(), "bias", f"expected a floating dtype, got {bias.dtype}")
         require_device(bias, "bias", hidden, hidden_name)
     require_device(weight, "weight", hidden, hidden_name)
+    if has_triton(weight):
+        require(weight.stride(1) == 1, "weight", "its rows must be contiguous; call .contiguous() once")
     require_device(target, "target", hidden, hidden_name)
     if isinstance(temperature, Tensor):
         require_shape(temperature, "temperature", (num_rows,))

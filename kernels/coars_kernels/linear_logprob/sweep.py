@@ -225,12 +225,14 @@ class Head:
         self, out_VH: Tensor, mass_CV: Tensor, target_C: Tensor, rows: RowMasses, grad_C: Tensor, hidden_CH: Tensor
     ) -> None:
         """out += sum over rows of grad * (others * onehot(target) - inverse * mass)^T hidden, in fp32"""
-        hidden_CH = hidden_CH.float()
-        scaled_CH = hidden_CH * (grad_C * rows.inverse_C)[:, None]
-        if self.native:
-            out_VH.sub_(_multiply(mass_CV.T, scaled_CH.to(mass_CV.dtype), torch.empty_like(out_VH)))
+        hidden_CH, weight_C = hidden_CH.float(), grad_C * rows.inverse_C
+        if self.native and mass_CV.dtype != torch.float32:
+            # 16-bit operands: at a size of about 1 their digits are kept, which fp16 would lose at 1 / number of rows
+            size = weight_C.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+            scaled_CH = (hidden_CH * (weight_C / size)[:, None]).to(mass_CV.dtype)
+            out_VH.sub_(_multiply(mass_CV.T, scaled_CH, torch.empty_like(out_VH)).mul_(size))
         else:
-            out_VH.addmm_(mass_CV.T, scaled_CH, alpha=-1.0)
+            out_VH.addmm_(mass_CV.T, hidden_CH * weight_C[:, None], alpha=-1.0)
         out_VH.index_add_(0, target_C, hidden_CH * (grad_C * rows.others_C)[:, None])
 
 

@@ -22,12 +22,12 @@ Shape suffixes: C rows of a chunk, V vocabulary, H hidden size.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
 # pyright reads a kernel as an ordinary function: `num_warps` is no parameter of it, and an int is no `tl.constexpr`.
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from coars_kernels.linear_logprob.rows import RowMasses
 
 # 8 logits per thread and step, two 16-byte loads; the compiler unrolls the loop. 16 per thread doubled the registers
 # (55 to 106) and so halved the rows in flight. Figures of the compiler, not measured on a GPU.
@@ -39,19 +39,6 @@ LN_2 = tl.constexpr(0.6931471805599453)
 # Above this sum of anchored masses a row takes the other anchor. fp32 and bf16 reach 2^127: the rest is room for the
 # product with W, and for the entropy's sum.
 LARGEST_SUM = tl.constexpr(2.0**96)
-
-
-class RowMasses(NamedTuple):
-    """Per-row results, each [C] fp32; entropy is None unless asked for.
-
-    The gradient is `(others * W_y - inverse * (mass @ W)) / temperature`. `inverse` is 1 / total, corrected for what
-    rounding the masses to a 16-bit dtype did to their sum: a direction that all rows of W share then cancels exactly.
-    """
-
-    logp_C: Tensor
-    others_C: Tensor
-    inverse_C: Tensor
-    entropy_C: Tensor | None
 
 
 @triton.jit
@@ -81,6 +68,8 @@ def finish_rows(lead, others, rounded, weighted):
     # lead * (share of the target) is 0 for a forbidden target, not -inf * 0
     own = tl.where(ahead, -lead * share, tl.where(small == 0.0, 0.0, lead * (small / safe_total)))
     entropy = log_total - own - weighted * inverse
+    # Made good: what rounding the masses to 16 bits did to their sum. The gradient's two sums then have the same total,
+    # and a direction that all rows of W share cancels from it.
     inverse = inverse * tl.where(rounded > 0.0, others / rounded, 1.0)
     return logp, share, inverse, entropy
 

@@ -1,0 +1,223 @@
+"""The one list of Triton kernels that are compiled ahead of time: which kernel, dtypes, constants, warps.
+
+`shipped()` is what the tests hold to its limits on registers and shared memory, and what a build of the library
+compiles. An operation adds a function that returns its `ShippedKernel`s, and that function to `shipped()`.
+
+Arguments are written as Triton types, with ":16" where a launch may rely on a multiple of 16 (without it, loads are
+single elements wide); whatever is no string is a constant of the kernel, None a pointer that is not given.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from aot.compile import Compiled, compile_kernel
+from coars_kernels.credit_policy_loss import triton_credit
+from coars_kernels.credit_policy_loss.reference import OBJECTIVES
+from coars_kernels.linear_logprob import triton_fused, triton_rows
+
+
+@dataclass(frozen=True)
+class ShippedKernel:
+    """One kernel with its dtypes and constants fixed."""
+
+    name: str
+    kernel: Any
+    arguments: Mapping[str, Any]
+    num_warps: int
+    num_stages: int = 3
+    capabilities: tuple[int, ...] = (80, 90)
+    tensor_cores: bool = False
+    """Whether it multiplies matrices of 16-bit numbers, which on sm_90 must be by wgmma."""
+
+    def compile(self, capability: int) -> Compiled:
+        """Compile it, or take it from Triton's cache."""
+        types = {name: value.split(":") for name, value in self.arguments.items() if isinstance(value, str)}
+        return compile_kernel(
+            self.kernel,
+            {name: parts[0] for name, parts in types.items()},
+            {name: value for name, value in self.arguments.items() if name not in types},
+            capability=capability,
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
+            divisible=[name for name, parts in types.items() if parts[1:] == ["16"]],
+        )
+
+
+def head_rows() -> list[ShippedKernel]:
+    """Row kernels of the head, each plain and with everything asked for: bias, entropy, a temperature per row."""
+    kernels = []
+    for full in (False, True):
+        options = {
+            "bias": "*fp32:16" if full else None,
+            "entropy": "*fp32:16" if full else None,
+            "temperature": "*fp32:16" if full else "fp32",
+            "ROW_TEMPERATURE": full,
+        }
+        suffix = "_full" if full else ""
+        for dtype in ("bf16", "fp16", "fp32", None):
+            arguments = {
+                "logits": "*fp32:16",
+                "target": "*i64:16",
+                "mass": f"*{dtype}:16" if dtype else None,
+                "logp": "*fp32:16",
+                "others_share": "*fp32:16",
+                "inverse": "*fp32:16",
+                "vocab_size": "i32",
+                "logits_stride": "i32:16",
+                "mass_stride": "i32:16",
+                "LARGEST_FIRST": dtype in ("fp16", "fp32"),
+                "BLOCK": triton_rows.BLOCK,
+            }
+            name = f"head_rows_{dtype or 'logp'}{suffix}"
+            kernel = triton_rows.row_masses_kernel
+            kernels.append(ShippedKernel(name, kernel, arguments | options, triton_rows.NUM_WARPS))
+    for dtype in ("bf16", "fp16", "fp32"):
+        arguments = {
+            "product": "*fp32:16",
+            "weight": f"*{dtype}:16",
+            "target": "*i64:16",
+            "others_share": "*fp32:16",
+            "inverse": "*fp32:16",
+            "temperature": "fp32",
+            "out": "*fp32:16",
+            "hidden_size": "i32:16",
+            "product_stride": "i32:16",
+            "weight_stride": "i32:16",
+            "out_stride": "i32:16",
+            "ROW_TEMPERATURE": False,
+            "BLOCK": triton_rows.JACOBIAN_BLOCK,
+        }
+        name, kernel = f"head_jacobian_{dtype}", triton_rows.jacobian_kernel
+        kernels.append(ShippedKernel(name, kernel, arguments, triton_rows.JACOBIAN_WARPS))
+    return kernels
+
+
+def head_fused() -> list[ShippedKernel]:
+    """The fused head: paired or alone, with masses or log-probabilities only, and with everything asked for."""
+    variants = {
+        "pair": {"teacher": True, "mass": True, "full": False},
+        "pair_full": {"teacher": True, "mass": True, "full": True},
+        "alone": {"teacher": False, "mass": True, "full": False},
+        "logp": {"teacher": False, "mass": False, "full": False},
+    }
+    kernels = []
+    for dtype in ("bf16", "fp16", "fp32"):
+        for name, variant in variants.items():
+            kernels += _head_fused(f"head_fused_{dtype}_{name}", dtype, **variant)
+    for full in (False, True):
+        optional = "*fp32:16" if full else None
+        arguments = {
+            "others": "*fp32:16",
+            "rounded": optional,
+            "weighted": optional,
+            "logp": "*fp32:16",
+            "others_share": optional,
+            "inverse": optional,
+            "entropy": optional,
+            "num_rows": "i32",
+            "vocab_tiles": "i32",
+            "others_stride": "i32",
+            "BLOCK_ROWS": triton_fused.FINISH_ROWS,
+            "BLOCK_TILES": triton_fused.FINISH_TILES,
+        }
+        name, kernel = f"head_finish{'_full' if full else ''}", triton_fused.finish_kernel
+        kernels.append(ShippedKernel(name, kernel, arguments, triton_fused.FINISH_WARPS))
+    return kernels
+
+
+def _head_fused(name: str, dtype: str, *, teacher: bool, mass: bool, full: bool) -> list[ShippedKernel]:
+    """The product, with its tiles per capability, and the anchor and repair kernels around it."""
+    operands = {
+        "student": f"*{dtype}:16",
+        "teacher": f"*{dtype}:16" if teacher else None,
+        "weight": f"*{dtype}:16",
+        "bias": "*fp32:16" if full else None,
+        "target": "*i64:16",
+        "anchor": "*fp32:16",
+        "num_rows": "i32",
+        "hidden_size": "i32:16",
+        "student_stride": "i32:16",
+        "teacher_stride": "i32:16",
+        "weight_stride": "i32:16",
+    }
+    sweep = operands | {
+        "temperature": "*fp32:16" if full else "fp32",
+        "ROW_TEMPERATURE": full,
+        "mass": f"*{dtype}:16" if mass else None,
+        "vocab_size": "i32",
+        "mass_stride": "i32:16",
+        "mass_columns": "i32:16",
+    }
+    partial_sums = {
+        "others": "*fp32:16",
+        "rounded": "*fp32:16" if mass else None,
+        "weighted": "*fp32:16" if full else None,
+    }
+    repair = {
+        "logp": "*fp32:16",
+        "others_share": "*fp32:16",
+        "inverse": "*fp32:16",
+        "entropy": "*fp32:16" if full else None,
+        "BLOCK_VOCAB": triton_fused.REPAIR_VOCAB,
+        "BLOCK_HIDDEN": triton_fused.REPAIR_HIDDEN,
+    }
+    anchor = operands | {"BLOCK": triton_fused.ANCHOR_BLOCK}
+    kernels = [
+        ShippedKernel(f"{name}_anchor", triton_fused.anchor_kernel, anchor, triton_fused.ANCHOR_WARPS),
+        ShippedKernel(f"{name}_repair", triton_fused.repair_kernel, sweep | repair, triton_fused.REPAIR_WARPS),
+    ]
+    for (capability, size), config in triton_fused.CONFIGS.items():
+        if size != (4 if dtype == "fp32" else 2):
+            continue
+        tiles = {
+            "WHOLE_STEPS": True,
+            "BLOCK_ROWS": config.block_rows,
+            "BLOCK_VOCAB": config.block_vocab,
+            "BLOCK_HIDDEN": config.block_hidden,
+            "GROUP_ROWS": config.group_rows,
+        }
+        kernels.append(
+            ShippedKernel(
+                name,
+                triton_fused.fused_masses_kernel,
+                sweep | partial_sums | tiles,
+                config.num_warps,
+                config.num_stages,
+                capabilities=(capability,),
+                tensor_cores=size == 2,
+            )
+        )
+    return kernels
+
+
+def credit_policy_loss() -> list[ShippedKernel]:
+    """The policy loss: every objective with everything asked for, the least that can be, and what runs around it."""
+    floats, sums = "*fp32:16", "*fp64:16"
+    turns = {"offsets_ptr": "*i32:16", "weight_ptr": floats, "agent_ptr": "*i8:16"}
+    tokens = ("grad", "logp", "teacher", "anchor", "sampler", "reference", "reward")
+    numbers = ("default_weight", "credit_weight", "credit_clip", "low", "high", "importance_cap", "kl_weight")
+    everything = {"sums_ptr": sums, "center_ptr": sums, **{f"{name}_ptr": floats for name in tokens}, **turns}
+    everything |= {**dict.fromkeys(numbers, "fp32"), "BLOCK": triton_credit.BLOCK_TOKENS}
+    optional = ("teacher_ptr", "anchor_ptr", "sampler_ptr", "reference_ptr", "weight_ptr", "agent_ptr", "center_ptr")
+    policy, warps = triton_credit.credit_policy_kernel, triton_credit.NUM_WARPS
+    kernels = []
+    for number, objective in enumerate(OBJECTIVES):
+        dual_clip = "fp32" if objective in ("clipped", "gspo") else None
+        arguments = everything | {"dual_clip": dual_clip, "OBJECTIVE": number}
+        kernels.append(ShippedKernel(f"credit_{objective}", policy, arguments, warps))
+    least = everything | dict.fromkeys((*optional, "kl_weight", "dual_clip")) | {"OBJECTIVE": 0}
+    center_names = ("sums_ptr", "logp_ptr", "teacher_ptr", *turns, "default_weight", "credit_clip", "BLOCK")
+    center = {name: everything[name] for name in center_names}
+    metrics = {"loss_ptr": floats, "metrics_ptr": floats, "sums_ptr": sums, "BY_AGENT": True}
+    return [
+        *kernels,
+        ShippedKernel("credit_least", policy, least, warps),
+        ShippedKernel("credit_center", triton_credit.credit_center_kernel, center, warps),
+        ShippedKernel("credit_metrics", triton_credit.credit_metrics_kernel, metrics, 1),
+    ]
+
+
+def shipped() -> list[ShippedKernel]:
+    """Every kernel that is compiled ahead of time."""
+    return [*head_rows(), *head_fused(), *credit_policy_loss()]

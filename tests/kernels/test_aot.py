@@ -1,0 +1,47 @@
+"""Every shipped kernel compiles for sm_80 and sm_90 on a machine without a GPU, and stays within what a GPU has.
+
+Figures of the compiler, not measurements: no register is spilled to memory, shared memory fits, and the matrix product
+is done by wgmma where the hardware has it.
+"""
+
+import os
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="needs Triton, which carries the compiler for the GPU")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter's kernels cannot be compiled", allow_module_level=True)
+
+from aot.compile import SHARED_LIMIT  # noqa: E402
+from aot.kernels import shipped  # noqa: E402
+
+CASES = [
+    pytest.param(kernel, capability, id=f"{kernel.name}-sm_{capability}")
+    for kernel in shipped()
+    for capability in kernel.capabilities
+]
+
+
+@pytest.mark.parametrize(("kernel", "capability"), CASES)
+def test_fits_the_hardware(kernel: Any, capability: int) -> None:
+    compiled = kernel.compile(capability)
+    figures = f"{compiled.registers} registers, {compiled.local_bytes} local, {compiled.shared_bytes} shared bytes"
+    print(f"{kernel.name} sm_{capability}: {figures}")
+    assert compiled.local_bytes == 0, figures  # stack and local memory: where spilled registers go
+    assert compiled.registers <= 255 and compiled.shared_bytes <= SHARED_LIMIT[capability], figures
+    # one block must fit a multiprocessor's 64Ki registers, or the launch fails
+    assert compiled.registers * 32 * kernel.num_warps <= 65536, figures
+    if kernel.tensor_cores:
+        assert compiled.count("HGMMA" if capability >= 90 else "HMMA") > 0
+
+
+@pytest.mark.parametrize("kernel", [kernel for kernel in shipped() if kernel.name == "head_rows_bf16"])
+def test_rows_are_read_and_written_in_16_byte_words(kernel: Any) -> None:
+    sass = kernel.compile(90).sass
+    assert "LDG.E.128" in sass and "STG.E.128" in sass
+
+
+def test_names_are_unique() -> None:
+    names = [case.id for case in CASES]
+    assert len(set(names)) == len(names)
