@@ -26,6 +26,8 @@ from coars_fast.progress import Screen
 
 REFERENCE_RATE = 0.2
 """Share of conversations whose last replies are learned after a reference."""
+WRONG_FIRST_RATE = 0.5
+"""Share of conversations in which a wrong item comes first (the recommender does not learn that reply)."""
 LISTS_PER_CONVERSATION = 0.25
 """Lists to find items in that are mixed among the conversations, for each of them, where lists came first."""
 QUERIES = 8
@@ -159,22 +161,18 @@ class WarmStart:
 def conversation(episode: Episode, space: ItemSpace, rng: np.random.Generator) -> list[tuple[int, Lesson]]:
     """Lessons of both agents from one scripted conversation about the truth.
 
-    Wrong items come first, up to one turn less than there are: other candidates that are like something in the history,
-    as a recommender would choose them. Its replies about them are not learned, so it learns to name an item that was
-    not turned down; the user agent learns all of its own.
-
     Args:
         episode: fresh, with the truth among its candidates.
-        space: says which items are alike.
-        rng: draws the wrong items, and whether the replies follow a reference.
+        space: says which item of the history is most like a candidate.
+        rng: decides whether a wrong item comes first, and whether the replies follow a reference.
     """
     task = episode.task
     right = task.candidates.index(task.target)
-    left, shown = [i for i in range(len(task.candidates)) if i != right], []
-    for _ in range(min(int(rng.integers(episode.config.max_turns)), len(left))):
-        liked = task.history[rng.integers(len(task.history))]
-        shown.append(left.pop(space.most_alike(liked, [task.candidates[i] for i in left])))
-    for choice in [*shown, right]:
+    shown = [right]
+    if rng.random() < WRONG_FIRST_RATE and episode.config.max_turns > 1:
+        wrong = int(rng.choice([i for i in range(len(task.candidates)) if i != right]))
+        shown.insert(0, wrong)
+    for choice in shown:
         item = name_item(episode.prompts, choice + 1, episode.candidate_titles[choice])
         because = task.history[space.most_alike(task.candidates[choice], task.history)]
         episode.receive(_reply(episode, format_recommendation(reason(episode.titles[because]), item)))

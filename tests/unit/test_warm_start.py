@@ -338,24 +338,6 @@ def test_a_conversation_ends_with_the_truth() -> None:
     assert {len(episode.turns) for episode, _ in conversations(30, max_turns=1)} == {1}
 
 
-def test_wrong_items_come_first_and_are_like_the_history() -> None:
-    turns: Counter[int] = Counter()
-    for episode, _ in conversations(max_turns=4):
-        task, wrong = episode.task, [turn.item for turn in episode.turns[:-1]]
-        turns[len(wrong)] += 1
-        assert len(set(wrong)) == len(wrong) and task.target not in wrong
-        for n, item in enumerate(wrong):
-            assert item is not None
-            left = [i for i in task.candidates if i != task.target and i not in wrong[:n]]
-            nearest = {left[int(np.argmax([alike()[liked, i] for i in left]))] for liked in task.history}
-            assert item in nearest
-    assert set(turns) == {0, 1, 2, 3} and min(turns.values()) > 8, "as often none as one, two or three"
-    two = [
-        episode for episode, _ in conversations(10, max_turns=9) if len(episode.turns) == len(episode.task.candidates)
-    ]
-    assert two, "never more than there are others"
-
-
 def test_a_recommender_names_an_item_because_of_the_one_most_like_it_in_the_history() -> None:
     places: Counter[int] = Counter()
     for episode, _ in conversations():
