@@ -33,9 +33,7 @@ CUDA_BUFFER_BYTES = 1100 * 2**20
 WIDEN_ROWS = 8192
 """On CPU a 16-bit head is widened to fp32 in slabs of this many vocabulary rows, never whole."""
 TILE_ROWS, TILE_COLUMNS = 128, 256
-"""Output tile of the library's matrix products on Ampere and Hopper, by which `cuda_chunk_rows` counts waves."""
-
-
+"""Output tile of the library's matrix products on Ampere and Hopper, by which `default_chunk_rows` counts waves."""
 FUSED_IS_FASTER: frozenset[tuple[int, int]] = frozenset()
 """(compute capability, bytes per number) for which the fused product was measured to be faster than library product and
 row kernel (docs/log.md). None yet: nothing has been measured on a GPU."""
