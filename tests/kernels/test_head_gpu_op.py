@@ -1,4 +1,4 @@
-"""The public head operations on a GPU, on both paths: values, gradients, chunks, memory, and no waiting for the device."""
+"""The public head operations on a GPU, on both paths: values, gradients, chunks, memory, no waiting for the device."""
 
 from typing import Any
 
