@@ -153,8 +153,9 @@ class LossConfig:
     """lambda_SD: weight of the token credit. 0 skips the teacher."""
     credit_clip: float = 1.0
     """Bound of a token's credit."""
-    credit_center: bool = False
-    """Subtract each agent's mean credit over the batch."""
+    credit_center: bool | None = None
+    """Subtract each agent's mean credit over the batch; by default for every objective but `faithful`. The mean is
+    negative, and uncentred pushes down all that was said, the reply's form too."""
     baseline: Literal["auto", "none", "batch", "turn", "group"] = "auto"
     """Subtracted from the turn rewards, per agent: `batch` is their weighted mean, `turn` that of its first, second and
     further replies apart, `group` the same within the `train.group_size` episodes of one task; `auto`: none for
@@ -187,7 +188,7 @@ class TrainConfig:
     """The user agent's learning rate is this times the recommender's."""
     warmup_steps: int = 5
     """Steps over which the learning rate rises from 0."""
-    final_learning_rate: float = 0.1
+    final_learning_rate: float = 0.0
     """Share of the learning rate that is left at the last step (linear decay)."""
     weight_decay: float = 0.0
     """AdamW's weight decay."""

@@ -81,6 +81,12 @@ class Learner:
                 history.append(self._update_minibatch(chosen))
         return {name: _combined(name, [m[name] for m in history]) for name in history[0]}
 
+    @property
+    def credit_center(self) -> bool:
+        """Whether the credit is centred: as the settings say, or else unless the objective is Eq. 11 as it stands."""
+        chosen = self.config.loss.credit_center
+        return self.config.objective != "faithful" if chosen is None else chosen
+
     def _update_minibatch(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         baseline = self.config.loss.baseline
         if baseline == "auto":
@@ -91,7 +97,7 @@ class Learner:
         ready = [t for t in ready if t.turns]
         self.optimizer.zero_grad(set_to_none=True)
         batches = [pack(group) for group in split(ready, self.config.train.max_tokens)]
-        credit_means = self._credit_means(batches) if self.config.loss.credit_center and len(batches) > 1 else None
+        credit_means = self._credit_means(batches) if self.credit_center and len(batches) > 1 else None
         parts: list[dict[str, Tensor]] = []
         for batch in batches:
             loss, metrics = self._loss(batch.to(self.device), credit_means)
@@ -147,7 +153,7 @@ class Learner:
             turn_agent=batch.turn_agent,
             credit_weight=loss.credit_weight,
             credit_clip=loss.credit_clip,
-            credit_center=loss.credit_center and credit_means is None,
+            credit_center=self.credit_center and credit_means is None,
             objective=self.config.objective,
             clip_low=loss.clip_low,
             clip_high=loss.clip_high,

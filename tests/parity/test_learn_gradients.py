@@ -27,8 +27,10 @@ TOLERANCE = 1e-5
 
 
 def settings(objective: str = "faithful", **changes: Any) -> Config:
-    """Changes by section (`loss={...}`); gradients are not scaled down, so that they can be read after an update."""
+    """Changes by section (`loss={...}`); gradients are not scaled down, so that they can be read after an update, and
+    credit is not centred unless asked for."""
     config = tiny.tiny_config(objective=objective)
+    config = replace(config, loss=replace(config.loss, credit_center=False))
     changes = {"train": {"max_grad_norm": 1e9, "learning_rate": 1e-3, "warmup_steps": 0}} | changes
     sections = {name: replace(getattr(config, name), **fields) for name, fields in changes.items()}
     return replace(config, **sections)
@@ -216,6 +218,14 @@ def test_centred_credit_does_not_depend_on_the_size_of_micro_batches(
     assert part_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
     uncentred, _ = update(episodes, settings(objective, loss={"credit_weight": 1.0}))
     assert any(not torch.allclose(uncentred[name], whole[name], rtol=1e-3) for name in whole)
+
+
+def test_credit_is_centred_unless_the_objective_is_faithful(episodes: list[Trajectory]) -> None:
+    for objective in ("faithful", "clipped"):
+        by_default, _ = update(episodes, settings(objective, loss={"credit_center": None, "credit_weight": 1.0}))
+        chosen = {"credit_center": objective != "faithful", "credit_weight": 1.0}
+        expected, _ = update(episodes, settings(objective, loss=chosen))
+        assert all(torch.equal(by_default[name], expected[name]) for name in expected)
 
 
 def test_gradient_checkpointing_changes_nothing(episodes: list[Trajectory]) -> None:

@@ -51,7 +51,7 @@ def test_flags_win_over_the_preset_and_the_preset_over_the_defaults():
 def test_public_flags():
     config = cli.parse_config(
         "--preset cpu_tiny --out o --data.path d --model.path m --train.num-steps 2 --checkpoint.every 3 --resume auto "
-        "--seed 4 --objective faithful --no-warm-start --loss.credit-center --eval.every 0".split()
+        "--seed 4 --objective faithful --no-warm-start --loss.credit-center True --eval.every 0".split()
     )
     assert (config.out, config.data.path, config.model.path, config.train.num_steps) == ("o", "d", "m", 2)
     assert (config.checkpoint.every, config.resume, config.seed, config.objective) == (3, "auto", 4, "faithful")
