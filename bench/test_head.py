@@ -1,150 +1,354 @@
-"""The head of a CoARS step against its floor, three bare matrix products, and against what people use today.
+"""The head of a CoARS step against its floor of bare matrix products, and against what people use today.
 
-    python -m pytest bench/test_head.py -s
+    python -m pytest bench/test_head.py --preset cpu
 
-Forward and backward of student log-probs, teacher log-probs, credit and clipped loss over R rows, with a frozen head.
-Every variant's gradient is compared with float64 before it is timed. Ratios on a CPU; absolute times only on a GPU.
+Forward and backward together: per-token log-probs under a per-token loss (frozen and trainable head), mean
+cross-entropy, student and teacher (`paired_linear_logprob`), and the whole head with credit and clipped loss
+(`fused_credit_loss`), with sweeps over rows and vocabulary. Rivals that only give log-probs take our
+`credit_policy_loss` after them, so that the head alone differs. Every result is compared with float64 at full size, on
+the rows of a few turns. Left out: entropy, bias and temperature.
 """
 
 from __future__ import annotations
 
-import json
-import platform
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 
-import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from bench.timing import interleaved, peak_bytes
-from coars_kernels import credit_policy_loss, fused_credit_loss
+from bench import rivals
+from bench.harness import Case, Result, Variant
+from bench.presets import Preset
+from coars_kernels import __version__, credit_policy_loss, fused_credit_loss, linear_logprob, paired_linear_logprob
+from coars_kernels.credit_policy_loss.reference import credit_policy_loss_reference
+from coars_kernels.linear_logprob.reference import linear_logprob_reference
 
-CUDA = torch.cuda.is_available()
-ROWS, HIDDEN, VOCAB = (16384, 3584, 152064) if CUDA else (2048, 512, 32000)
-DTYPE = torch.bfloat16 if CUDA else torch.float32
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TURN = 64
 """Tokens of a turn."""
-ROUNDS = 20 if CUDA else 7
+SIZES = {"smoke": (256, 64, 4096), "cpu": (2048, 512, 32000), "h100": (16384, 3584, 152064)}
+"""Rows, hidden size, vocabulary."""
+SWEEP_ROWS = {"smoke": (128, 512), "cpu": (256, 512, 1024), "h100": (2048, 4096, 8192)}
+SWEEP_VOCAB = {"smoke": (1024, 2048), "cpu": (4000, 8000, 16000), "h100": (32000, 64000, 128256)}
+OURS = f"coars_kernels {__version__}"
 
 
-class Case:
+@dataclass
+class Head:
     """Inputs of realistic scale: logits of a few nats, behaviour log-probs near the present ones."""
 
-    def __init__(self, rows: int, hidden: int, vocab: int, dtype: torch.dtype, device: str):
-        generator = torch.Generator(device).manual_seed(0)
+    weight: Tensor
+    student: Tensor
+    teacher: Tensor
+    target: Tensor
+    offsets: Tensor
+    reward: Tensor
+    behaviour: Tensor
+    upstream: Tensor
+    """Gradient of a loss with respect to each log-prob."""
+
+
+def make_head(rows: int, hidden: int, vocab: int, dtype: torch.dtype, *, trainable: bool) -> Callable[[int], Head]:
+    """seed -> inputs."""
+
+    def make(seed: int) -> Head:
+        generator = torch.Generator(DEVICE).manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32)
+            return torch.randn(*shape, generator=generator, device=DEVICE)
 
-        self.weight = normal(vocab, hidden).mul_(2.0 / hidden**0.5).to(dtype)
-        self.student = normal(rows, hidden).to(dtype).requires_grad_()
-        self.teacher = (self.student.detach() + 0.1 * normal(rows, hidden)).to(dtype)
-        self.target = torch.randint(vocab, (rows,), generator=generator, device=device)
-        self.offsets = torch.arange(0, rows + 1, TURN, device=device)
-        self.reward = normal(rows // TURN)
+        weight = normal(vocab, hidden).mul_(2.0 / hidden**0.5).to(dtype).requires_grad_(trainable)
+        student = normal(rows, hidden).to(dtype)
+        teacher = (student + 0.1 * normal(rows, hidden)).to(dtype)
+        target = torch.randint(vocab, (rows,), generator=generator, device=DEVICE)
+        offsets = torch.arange(0, rows + 1, TURN, device=DEVICE)
         with torch.no_grad():
-            self.behaviour = F.linear(self.student[:1].float(), self.weight.float()).new_full((rows,), 0.0)
-            logp = fused_credit_loss(
-                self.student, None, self.weight, self.target, self.behaviour, self.reward, self.offsets
-            ).logp
-            self.behaviour = logp + 0.05 * normal(rows)
+            behaviour = linear_logprob(student, weight, target) + 0.05 * normal(rows)
+        reward = normal(rows // TURN)
+        upstream = normal(rows) / rows
+        return Head(weight, student.requires_grad_(), teacher, target, offsets, reward, behaviour, upstream)
+
+    return make
 
 
-def ours(case: Case) -> Tensor:
-    """The fused op."""
-    loss = fused_credit_loss(
-        case.student, case.teacher, case.weight, case.target, case.behaviour, case.reward, case.offsets
-    ).loss
-    return torch.autograd.grad(loss, case.student)[0]
+def checked_rows(case: Head) -> Tensor:
+    """Rows of the first, a middle and the last turn: each row's result depends on its own turn only."""
+    turns = sorted({0, case.reward.shape[0] // 2, case.reward.shape[0] - 1})
+    return torch.cat([torch.arange(turn * TURN, (turn + 1) * TURN, device=DEVICE) for turn in turns])
 
 
-def eager(case: Case) -> Tensor:
-    """Logits, log_softmax and gather, twice; the loss by the same op, so that the head alone differs."""
-
-    def logp(hidden: Tensor) -> Tensor:
-        logits = F.linear(hidden, case.weight).float()
-        return torch.log_softmax(logits, -1).gather(1, case.target[:, None])[:, 0]
-
-    with torch.no_grad():
-        teacher = logp(case.teacher)
-    loss, _ = credit_policy_loss(logp(case.student), teacher, case.behaviour, case.reward, case.offsets)
-    return torch.autograd.grad(loss, case.student)[0]
+def gradients(loss: Tensor, case: Head) -> dict[str, Tensor]:
+    """Of the hidden states, and of the head where it is trained."""
+    wanted = {"grad_hidden": case.student} | ({"grad_weight": case.weight} if case.weight.requires_grad else {})
+    return dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True))
 
 
-def cross_entropy(case: Case) -> Tensor:
-    """Eager cross-entropy, as TRL and verl compute log-probs without their fused paths."""
-
-    def logp(hidden: Tensor) -> Tensor:
-        return -F.cross_entropy(F.linear(hidden, case.weight).float(), case.target, reduction="none")
-
-    with torch.no_grad():
-        teacher = logp(case.teacher)
-    loss, _ = credit_policy_loss(logp(case.student), teacher, case.behaviour, case.reward, case.offsets)
-    return torch.autograd.grad(loss, case.student)[0]
+# -------------------------------------------------------------------------------------------------- what is computed
 
 
-def floor(case: Case) -> Callable[[], None]:
-    """Three bare products, each a plain `torch.mm`: student logits, teacher logits, gradient of the hidden states."""
-    student = case.student.detach()
+def logprob_run(logprob: rivals.Logprob) -> Callable[[Head], Result]:
+    """Log-probs under an arbitrary per-token loss."""
 
-    def run() -> None:
-        torch.mm(case.teacher, case.weight.T)
-        torch.mm(torch.mm(student, case.weight.T), case.weight)
+    def run(case: Head) -> Result:
+        logp = logprob(case.student, case.weight, case.target)
+        return {"logp": logp.detach()} | gradients((logp * case.upstream).sum(), case)
 
     return run
 
 
-def check(variant: Callable[[Case], Tensor]) -> None:
-    """A wrong result has no time: gradient against float64 on a small case."""
-    case = Case(4 * TURN, 64, 997, DTYPE, "cuda" if CUDA else "cpu")
-    exact = Case(4 * TURN, 64, 997, DTYPE, "cuda" if CUDA else "cpu")
-    exact.student = case.student.detach().double().requires_grad_()
-    exact.teacher, exact.weight = case.teacher.double(), case.weight.double()
-    logits = exact.student @ exact.weight.T
-    logp = torch.log_softmax(logits, -1).gather(1, case.target[:, None])[:, 0]
-    teacher = torch.log_softmax(exact.teacher @ exact.weight.T, -1).gather(1, case.target[:, None])[:, 0]
-    loss, _ = credit_policy_loss(logp, teacher, case.behaviour.double(), case.reward.double(), case.offsets)
-    (expected,) = torch.autograd.grad(loss, exact.student)
-    found = variant(case).double()
-    error = float((found - expected).norm() / expected.norm())
-    assert error < (1e-2 if DTYPE == torch.bfloat16 else 1e-5), error
+def mean_run(mean_loss: rivals.MeanLoss) -> Callable[[Head], Result]:
+    """Mean cross-entropy."""
+    return lambda case: gradients(mean_loss(case.student, case.weight, case.target), case)
 
 
-VARIANTS: dict[str, Callable[[Case], Tensor]] = {
-    "fused_credit_loss": ours,
-    "eager log_softmax": eager,
-    "eager cross_entropy": cross_entropy,
-}
+def paired_run(logprob: rivals.Logprob) -> Callable[[Head], Result]:
+    """Student with gradient, then teacher without."""
+
+    def run(case: Head) -> Result:
+        with torch.no_grad():
+            teacher = logprob(case.teacher, case.weight, case.target)
+        logp = logprob(case.student, case.weight, case.target)
+        return {"logp": logp.detach(), "logp_teacher": teacher} | gradients((logp * case.upstream).sum(), case)
+
+    return run
 
 
-def test_head_against_its_floor(record_property: Callable[[str, object], None]) -> None:
-    for variant in VARIANTS.values():
-        check(variant)
-    case = Case(ROWS, HIDDEN, VOCAB, DTYPE, "cuda" if CUDA else "cpu")
-    bare = floor(case)
-    calls: dict[str, Callable[[], object]] = {"three bare mm": bare}
-    for name, variant in VARIANTS.items():
-        try:
-            variant(case)
-        except torch.cuda.OutOfMemoryError:
-            continue
-        calls[name] = lambda variant=variant: variant(case)
-    timings = interleaved(calls, rounds=ROUNDS)
-    del bare
-    memory = {name: peak_bytes(call) for name, call in calls.items() if name != "three bare mm"}
-    base = timings["three bare mm"].median
-    machine = torch.cuda.get_device_name() if CUDA else f"{torch.get_num_threads()} threads, {platform.machine()} CPU"
-    lines = [f"R={ROWS} H={HIDDEN} V={VOCAB} {DTYPE}, torch {torch.__version__}, {machine}, {ROUNDS} rounds"]
-    for name, timing in timings.items():
-        ratio = f"{timing.median / base:5.2f}x ({timing.low / base:.2f} to {timing.high / base:.2f})"
-        extra = f"  {memory[name] / 2**20:8.0f} MiB" if name in memory else ""
-        absolute = f"  {1e3 * timing.median:8.1f} ms" if CUDA else ""
-        lines.append(f"{name:22s} {ratio}{absolute}{extra}")
-    print("\n" + "\n".join(lines))
-    record_property("head", json.dumps({name: timing.median / base for name, timing in timings.items()}))
-    Path(".benchmarks").mkdir(exist_ok=True)
-    assert memory["fused_credit_loss"] < memory["eager log_softmax"] / 5
-    if timings["fused_credit_loss"].median / base > 1.10:
-        pytest.fail(f"{timings['fused_credit_loss'].median / base:.3f} times the floor, more than 1.10")
+def credit_run(logprob: rivals.Logprob) -> Callable[[Head], Result]:
+    """Student, teacher, credit and clipped loss."""
+
+    def run(case: Head) -> Result:
+        with torch.no_grad():
+            teacher = logprob(case.teacher, case.weight, case.target)
+        logp = logprob(case.student, case.weight, case.target)
+        return gradients(credit_policy_loss(logp, teacher, case.behaviour, case.reward, case.offsets)[0], case)
+
+    return run
+
+
+def clipped_run(logprob: rivals.Logprob) -> Callable[[Head], Result]:
+    """Student and clipped loss, no teacher."""
+
+    def run(case: Head) -> Result:
+        logp = logprob(case.student, case.weight, case.target)
+        return gradients(credit_policy_loss(logp, None, case.behaviour, case.reward, case.offsets)[0], case)
+
+    return run
+
+
+def ours_paired(case: Head) -> Result:
+    logp, teacher = paired_linear_logprob(case.student, case.teacher, case.weight, case.target)
+    return {"logp": logp.detach(), "logp_teacher": teacher} | gradients((logp * case.upstream).sum(), case)
+
+
+def ours_fused(teacher: bool) -> Callable[[Head], Result]:
+    def run(case: Head) -> Result:
+        other = case.teacher if teacher else None
+        found = fused_credit_loss(
+            case.student, other, case.weight, case.target, case.behaviour, case.reward, case.offsets
+        )
+        return gradients(found.loss, case)
+
+    return run
+
+
+def liger_grpo(case: Head) -> Result:
+    loss = rivals.LIGER_GRPO.function()
+    return gradients(loss(case.student, case.weight, case.target, case.behaviour, case.reward), case)
+
+
+# ------------------------------------------------------------------------------------------------------ what is right
+
+Expected = dict[str, tuple[Tensor | None, Tensor]]
+
+
+def exact_logp(case: Head, hidden: Tensor, rows: Tensor, *, grad: bool) -> tuple[Tensor, Tensor]:
+    """Hidden states and log-probs of some rows, in float64."""
+    chosen = hidden.detach()[rows].double().requires_grad_(grad)
+    logp = linear_logprob_reference(chosen, case.weight.detach().double(), case.target[rows])
+    assert isinstance(logp, Tensor)
+    return chosen, logp
+
+
+def expected_logprob(mean: bool, teacher: bool) -> Callable[[Head, Result], Expected]:
+    """Log-probs, their gradient under `upstream` (or under the mean), and a few rows of the head's gradient."""
+
+    def expected(case: Head, _: Result) -> Expected:
+        rows, num_rows = checked_rows(case), case.target.shape[0]
+        upstream = torch.full_like(case.upstream, -1.0 / num_rows) if mean else case.upstream
+        chosen, logp = exact_logp(case, case.student, rows, grad=True)
+        (gradient,) = torch.autograd.grad((logp * upstream[rows].double()).sum(), chosen)
+        found: Expected = {"grad_hidden": (rows, gradient)}
+        if not mean:
+            found["logp"] = (rows, logp.detach())
+        if teacher:
+            found["logp_teacher"] = (rows, exact_logp(case, case.teacher, rows, grad=False)[1])
+        if case.weight.requires_grad:
+            tokens = torch.unique(torch.cat([case.target[:8], torch.arange(8, device=DEVICE)]))
+            found["grad_weight"] = (tokens, exact_weight_gradient(case, upstream, tokens))
+        return found
+
+    return expected
+
+
+def exact_weight_gradient(case: Head, upstream: Tensor, tokens: Tensor) -> Tensor:
+    """Rows `tokens` of the head's gradient in float64, over all rows of the batch, 256 at a time."""
+    weight = case.weight.detach().double()
+    total = torch.zeros(tokens.shape[0], weight.shape[1], dtype=torch.float64, device=DEVICE)
+    for first in range(0, case.target.shape[0], 256):
+        part = slice(first, first + 256)
+        hidden = case.student.detach()[part].double()
+        logits = hidden @ weight.T
+        mass = torch.exp(logits[:, tokens] - logits.logsumexp(-1, keepdim=True))
+        hit = (case.target[part, None] == tokens).double()
+        total += ((hit - mass) * upstream[part, None].double()).T @ hidden
+    return total
+
+
+def expected_credit(teacher: bool) -> Callable[[Head, Result], Expected]:
+    """Gradient of the loss on the checked turns: each turn's part of the loss stands alone."""
+
+    def expected(case: Head, _: Result) -> Expected:
+        rows = checked_rows(case)
+        turns = rows[::TURN] // TURN
+        chosen, logp = exact_logp(case, case.student, rows, grad=True)
+        other = exact_logp(case, case.teacher, rows, grad=False)[1] if teacher else None
+        loss, _ = credit_policy_loss_reference(
+            logp,
+            other,
+            case.behaviour[rows].double(),
+            case.reward[turns].double(),
+            case.offsets[: len(turns) + 1],
+            turn_weight=torch.full((len(turns),), 1.0 / case.reward.shape[0], dtype=torch.float64, device=DEVICE),
+        )
+        return {"grad_hidden": (rows, torch.autograd.grad(loss, chosen)[0])}
+
+    return expected
+
+
+# ------------------------------------------------------------------------------------------------------------- cases
+
+
+def products(count: int) -> Callable[[Head], Callable[[], None]]:
+    """Bare `torch.mm`: logits; gradient of the hidden states; the teacher's logits or the head's gradient; both."""
+
+    def floor(case: Head) -> Callable[[], None]:
+        student, teacher, weight = case.student.detach(), case.teacher, case.weight.detach()
+
+        def run() -> None:
+            logits = torch.mm(student, weight.T)
+            torch.mm(logits, weight)
+            if count == 3 and case.weight.requires_grad:
+                torch.mm(logits.T, student)
+            del logits
+            if count == 3 and not case.weight.requires_grad:
+                torch.mm(teacher, weight.T)
+
+        return run
+
+    return floor
+
+
+def head_variants(
+    run: Callable[[rivals.Logprob], Callable[[Head], Result]], preset: Preset, *, compile_here: bool
+) -> list[Variant]:
+    """Every rival that gives log-probs, in one kind of call."""
+    compile_here = compile_here and (preset.compile_everywhere or run is logprob_run)
+    found = []
+    for rival in rivals.HEAD:
+        absent = rival.missing(compile_here=compile_here)
+        function = (lambda case: {}) if absent else run(rival.function())
+        found.append(Variant(rival.name, function, "rival", rival.version, rival.precision, absent))
+    return found
+
+
+def _case(name: str, op: str, preset: Preset, size: tuple[int, int, int], **fields) -> Case:
+    rows, hidden, vocab = size
+    count, trainable = fields.pop("count"), fields.pop("trainable", False)
+    dtype = getattr(torch, preset.dtype)
+    return Case(
+        op=op,
+        name=name,
+        shape={"R": rows, "H": hidden, "V": vocab},
+        dtype=dtype,
+        device=DEVICE,
+        inputs=make_head(rows, hidden, vocab, dtype, trainable=trainable),
+        floor=products(count),
+        floor_name=f"{('two', 'three')[count - 2]} bare mm",
+        flops=2.0 * count * rows * hidden * vocab,
+        **fields,
+    )
+
+
+def _ours(run: Callable[[Head], Result], name: str) -> Variant:
+    return Variant(name, run, "ours", OURS)
+
+
+def _mean_variants() -> list[Variant]:
+    found = [_ours(mean_run(lambda *inputs: -linear_logprob(*inputs).mean()), "linear_logprob, mean")]
+    eager = rivals.HEAD[1]
+    run = mean_run(lambda *inputs: -rivals.eager_cross_entropy(*inputs).mean())
+    found.append(Variant(eager.name, run, "rival", eager.version, eager.precision))
+    for rival in rivals.MEAN:
+        absent = rival.missing()
+        function = (lambda case: {}) if absent else mean_run(rival.function())
+        found.append(Variant(rival.name, function, "rival", rival.version, rival.precision, absent))
+    return found
+
+
+def _grpo_variants(preset: Preset) -> list[Variant]:
+    liger = rivals.LIGER_GRPO
+    absent = liger.missing()
+    return [
+        _ours(ours_fused(teacher=False), "fused_credit_loss"),
+        *head_variants(clipped_run, preset, compile_here=False),
+        Variant(liger.name, liger_grpo, "rival", liger.version, liger.precision, absent),
+    ]
+
+
+def cases(preset: Preset) -> list[Case]:
+    """The kinds of call at the main size, then the sweeps of the whole head."""
+    size = SIZES[preset.name]
+    jsd = rivals.LIGER_JSD
+    paired = [_ours(ours_paired, "paired_linear_logprob"), *head_variants(paired_run, preset, compile_here=True)]
+    paired.append(Variant(jsd.name, lambda case: {}, "rival", jsd.version, absent=rivals.OTHER_QUANTITY))
+    ours = [_ours(logprob_run(linear_logprob), "linear_logprob")]
+    found = [
+        _case(
+            "frozen head", "linear_logprob", preset, size, count=2, expected=expected_logprob(False, False),
+            variants=ours + head_variants(logprob_run, preset, compile_here=True),
+        ),
+        _case(
+            "trainable head", "linear_logprob", preset, size, count=3, trainable=True,
+            expected=expected_logprob(False, False),
+            variants=ours + head_variants(logprob_run, preset, compile_here=preset.compile_everywhere),
+        ),
+        _case(
+            "mean cross-entropy, frozen head", "linear_logprob", preset, size, count=2,
+            expected=expected_logprob(True, False), variants=_mean_variants(),
+        ),
+        _case(
+            "student and teacher, frozen head", "paired_linear_logprob", preset, size, count=3,
+            expected=expected_logprob(False, True), variants=paired,
+        ),
+        _case(
+            "no teacher, frozen head", "fused_credit_loss", preset, size, count=2, expected=expected_credit(False),
+            variants=_grpo_variants(preset),
+        ),
+    ]  # fmt: skip
+    rows, hidden, vocab = size
+    sweep = [(r, hidden, vocab) for r in SWEEP_ROWS[preset.name]] + [(rows, hidden, v) for v in SWEEP_VOCAB[preset.name]]
+    for number, one in enumerate([size, *sweep]):
+        variants = [_ours(ours_fused(teacher=True), "fused_credit_loss")]
+        variants += head_variants(credit_run, preset, compile_here=number == 0)
+        found.append(
+            _case(
+                "credit and clipped loss, frozen head", "fused_credit_loss", preset, one, count=3,
+                expected=expected_credit(True), variants=variants, rounds=None if number == 0 else 3,
+            )
+        )  # fmt: skip
+    return found
+
+
+def test_head(case: Case, measured: Callable[[Case], object]) -> None:
+    measured(case)

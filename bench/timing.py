@@ -1,7 +1,8 @@
 """Interleaved timing and peak memory, for benches whose variants must be compared within one run.
 
 Each round times every variant once, in another order, so that whatever else the machine does falls on all of them
-alike; medians and the 20th and 80th percentile are reported. A CUDA device is waited for around every call.
+alike; medians and the 20th and 80th percentile are reported. A CUDA device is waited for around every call. Left out:
+energy, and times of single kernels (a profiler's).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,19 +28,32 @@ class Timing:
     """80th percentile."""
 
 
+def summary(seconds: Sequence[float]) -> Timing:
+    """Median, p20 and p80 of at least two times, linear between neighbours."""
+    cuts = statistics.quantiles(seconds, n=10, method="inclusive")
+    return Timing(statistics.median(seconds), cuts[1], cuts[7])
+
+
 def synchronise() -> None:
     """Wait for the GPU, where there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def interleaved(variants: dict[str, Callable[[], object]], *, rounds: int, warm_up: int = 1) -> dict[str, Timing]:
-    """Time every variant once a round.
+def interleaved(
+    variants: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warm_up: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds of every timed call, by variant.
 
     Args:
         variants: name -> what is timed; each makes its own gradients and drops them.
         rounds: timed calls of each, at least 2.
         warm_up: calls of each that are not timed.
+        clock: seconds from any origin.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     order = random.Random(0)
@@ -48,23 +62,22 @@ def interleaved(variants: dict[str, Callable[[], object]], *, rounds: int, warm_
         order.shuffle(names)
         for name in names:
             synchronise()
-            start = time.perf_counter()
+            start = clock()
             result = variants[name]()
             synchronise()
+            elapsed = clock() - start
             if number >= warm_up:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(elapsed)
             del result
-
-    def summary(values: list[float]) -> Timing:
-        cuts = statistics.quantiles(values, n=10, method="inclusive")
-        return Timing(statistics.median(values), cuts[1], cuts[7])
-
-    return {name: summary(values) for name, values in seconds.items()}
+    return seconds
 
 
-def peak_bytes(call: Callable[[], object]) -> int:
+def peak_bytes(call: Callable[[], object]) -> int | None:
     """Memory that one call needs beyond what is held before it, at its peak: of the CUDA allocator, or else of the
-    process (Linux only: the kernel's high-water mark of resident memory, which it can be told to forget)."""
+    process (Linux only: the kernel's high-water mark of resident memory, which it can be told to forget).
+
+    None where neither can be asked. On a CPU it is a lower bound: memory that the process freed but still holds is
+    counted as held before."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -72,10 +85,24 @@ def peak_bytes(call: Callable[[], object]) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
     before = _status("VmRSS")
     call()
     return max(_status("VmHWM") - before, 0)
+
+
+def cache_bytes() -> int:
+    """Size of the last-level cache that inputs should exceed; 32 MiB where nothing says it."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).L2_cache_size
+    try:
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
+    except OSError:
+        return 32 * 2**20
+    return int(text[:-1]) * {"K": 2**10, "M": 2**20}[text[-1]] if text[-1:] in "KM" else int(text)
 
 
 def _status(field: str) -> int:

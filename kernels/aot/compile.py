@@ -28,7 +28,11 @@ from triton.compiler import ASTSource
 from triton.runtime.cache import get_cache_manager
 
 # Shared memory that one block may have, in bytes, by compute capability (CUDA C++ Programming Guide).
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+SHARED_LIMIT = {kib[0]: kib[1] * 1024 for kib in ((80, 163), (86, 99), (89, 99), (90, 227), (100, 227), (120, 99))}
+# How PTX writes an argument of each Triton type; all pointers are u64.
+PTX_TYPES = {"i8": "u8", "i16": "u16", "i32": "u32", "i64": "u64", "fp32": "f32", "fp64": "f64"}
+# What follows a kernel's own arguments in machine code by Triton 3.6: two pointers to scratch memory.
+SCRATCH_ARGUMENTS = ("u64", "u64")
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Compiled:
     """One kernel's machine code and its needs; all figures are those of the compiler, none is a measurement."""
 
     name: str
+    """The kernel's function, which is the symbol in the machine code too."""
     capability: int
     cubin: bytes
     ptx: str
@@ -45,11 +50,20 @@ class Compiled:
     """Stack and local memory per thread: what did not fit into registers goes here."""
     shared_bytes: int
     """Per block, given at launch."""
+    metadata: Mapping[str, Any]
+    """What Triton keeps beside the machine code: all options, and what a launch needs."""
 
     @cached_property
     def sass(self) -> str:
         """The machine code as text."""
         return _run_tool(knobs.nvidia.nvdisasm.path, ["-c"], self.cubin)
+
+    @cached_property
+    def parameters(self) -> tuple[str, ...]:
+        """PTX types of the parameters that the machine code takes, Triton's scratch pointers included."""
+        entry = re.search(r"\.visible \.entry \w+\(([^)]*)\)", self.ptx)
+        assert entry is not None, f"{self.name}: no entry in its PTX"
+        return tuple(re.findall(r"\.param \.(\w+)", entry[1]))
 
     def count(self, instruction: str) -> int:
         """How often an instruction stands in the machine code: HGMMA is wgmma, LDL and STL are spilled registers."""
@@ -99,6 +113,7 @@ def compile_kernel(
         registers=usage["REG"],
         local_bytes=usage["STACK"] + usage["LOCAL"],
         shared_bytes=result.metadata.shared,
+        metadata=result.metadata._asdict(),
     )
 
 

@@ -30,6 +30,10 @@ class ShippedKernel:
     tensor_cores: bool = False
     """Whether it multiplies matrices of 16-bit numbers, which on sm_90 must be by wgmma."""
 
+    def ordered_arguments(self) -> list[tuple[str, Any]]:
+        """(name, type or constant) in the order of the kernel's parameters."""
+        return [(name, self.arguments[name]) for name in self.kernel.arg_names]
+
     def compile(self, capability: int) -> Compiled:
         """Compile it, or take it from Triton's cache."""
         types = {name: value.split(":") for name, value in self.arguments.items() if isinstance(value, str)}
