@@ -13,7 +13,8 @@ from coars_fast.config import Excluded, StageSensitivity
 from coars_fast.game.prompts import Judgement
 
 NEUTRAL_SCORE = 0.5
-INVALID_USER_REWARD = -1.0
+INVALID_REWARD = -1.0
+"""Of a reply that cannot be parsed, either agent's: the worst that a turn can earn."""
 
 
 def stage_sensitivity(kind: StageSensitivity, *, hit: bool, turn: int, max_turns: int) -> float:
@@ -68,16 +69,16 @@ def reward_turn(
 ) -> TurnReward:
     """Both rewards of a turn.
 
-    An invalid recommender reply is a miss with s = .5 and the user does not speak; an invalid user reply earns the user
-    -1 and leaves the recommender s = .5. Neither is an accepted miss, so neither is excluded.
+    An invalid reply earns its agent -1: a recommender's is a miss, and the user does not speak; a user's leaves the
+    recommender s = .5. Neither is an accepted miss, so neither is excluded.
     """
     score = judgement.score if judgement else NEUTRAL_SCORE
     weight = stage_sensitivity(stage, hit=hit, turn=turn, max_turns=max_turns)
-    rec = recommender_reward(hit=hit, score=score, stage=weight)
+    rec = recommender_reward(hit=hit, score=score, stage=weight) if rec_valid else INVALID_REWARD
     user = None
     if user_spoke:
         user = (
-            INVALID_USER_REWARD
+            INVALID_REWARD
             if judgement is None
             else user_reward(hit=hit, score=score, peer_similarity=peer_similarity, alpha=alpha)
         )

@@ -185,8 +185,7 @@ def test_after_an_invalid_recommendation_the_user_does_not_speak_and_the_recomme
     ]  # fmt: skip
     turn = episode.turns[0]
     assert (turn.item, turn.hit, turn.user_spoke, turn.judgement) == (None, False, False, None)
-    # D = .5 in turn 1 of 2: -.75 * .5
-    assert turn.reward is not None and (turn.reward.rec, turn.reward.user) == (pytest.approx(-0.375), None)
+    assert turn.reward is not None and (turn.reward.rec, turn.reward.user) == (-1.0, None)
 
 
 def test_an_episode_of_invalid_recommendations_gives_the_recommender_alone_a_trajectory() -> None:

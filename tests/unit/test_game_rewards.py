@@ -141,10 +141,10 @@ def test_a_score_of_one_half_is_an_acceptance(score: float, excluded: bool) -> N
 
 
 @pytest.mark.parametrize("exclude", ["recommender", "both", "none"])
-def test_an_invalid_recommendation_is_a_miss_with_half_a_score_and_never_excluded(exclude: Any) -> None:
-    # -(.5 + .25) * .625 = -.46875; the user does not speak
-    found = turn(rec_valid=False, judgement=None, user_spoke=False, exclude=exclude)
-    assert (found.rec, found.user, found.excluded) == (pytest.approx(-0.46875), None, False)
+def test_an_invalid_recommendation_costs_one_whatever_the_turn_and_is_never_excluded(exclude: Any) -> None:
+    for number in (1, 2, 3):
+        found = turn(rec_valid=False, judgement=None, user_spoke=False, exclude=exclude, turn=number)
+        assert (found.rec, found.user, found.excluded) == (-1.0, None, False)  # the user does not speak
 
 
 @pytest.mark.parametrize("exclude", ["recommender", "both", "none"])
