@@ -29,8 +29,10 @@ TURN = 64
 """Tokens of a turn."""
 SIZES = {"smoke": (256, 64, 4096), "cpu": (2048, 512, 32000), "h100": (16384, 3584, 152064)}
 """Rows, hidden size, vocabulary."""
-SWEEP_ROWS = {"smoke": (128, 512), "cpu": (256, 512, 1024), "h100": (2048, 4096, 8192)}
-SWEEP_VOCAB = {"smoke": (1024, 2048), "cpu": (4000, 8000, 16000), "h100": (32000, 64000, 128256)}
+KIND_SIZES = SIZES | {"cpu": (512, 256, 8000)}
+"""Of the kinds of call other than the whole head, and where the sweeps end: a CPU is slow."""
+SWEEP = {"smoke": (), "cpu": (4, 2), "h100": (8, 4, 2)}
+"""Rows and vocabulary are each divided by these."""
 OURS = f"coars_kernels {__version__}"
 
 
@@ -249,11 +251,8 @@ def products(count: int) -> Callable[[Head], Callable[[], None]]:
     return floor
 
 
-def head_variants(
-    run: Callable[[rivals.Logprob], Callable[[Head], Result]], preset: Preset, *, compile_here: bool
-) -> list[Variant]:
+def head_variants(run: Callable[[rivals.Logprob], Callable[[Head], Result]], *, compile_here: bool) -> list[Variant]:
     """Every rival that gives log-probs, in one kind of call."""
-    compile_here = compile_here and (preset.compile_everywhere or run is logprob_run)
     found = []
     for rival in rivals.HEAD:
         absent = rival.missing(compile_here=compile_here)
@@ -296,32 +295,33 @@ def _mean_variants() -> list[Variant]:
     return found
 
 
-def _grpo_variants(preset: Preset) -> list[Variant]:
+def _grpo_variants(everywhere: bool) -> list[Variant]:
     liger = rivals.LIGER_GRPO
     absent = liger.missing()
     return [
         _ours(ours_fused(teacher=False), "fused_credit_loss"),
-        *head_variants(clipped_run, preset, compile_here=False),
+        *head_variants(clipped_run, compile_here=everywhere),
         Variant(liger.name, liger_grpo, "rival", liger.version, liger.precision, absent),
     ]
 
 
 def cases(preset: Preset) -> list[Case]:
     """The kinds of call at the main size, then the sweeps of the whole head."""
-    size = SIZES[preset.name]
+    size, main = KIND_SIZES[preset.name], SIZES[preset.name]
+    everywhere = preset.name == "h100"  # on a CPU the compiler's time is spent on one kind of call
     jsd = rivals.LIGER_JSD
-    paired = [_ours(ours_paired, "paired_linear_logprob"), *head_variants(paired_run, preset, compile_here=True)]
+    paired = [_ours(ours_paired, "paired_linear_logprob"), *head_variants(paired_run, compile_here=everywhere)]
     paired.append(Variant(jsd.name, lambda case: {}, "rival", jsd.version, absent=rivals.OTHER_QUANTITY))
     ours = [_ours(logprob_run(linear_logprob), "linear_logprob")]
     found = [
         _case(
             "frozen head", "linear_logprob", preset, size, count=2, expected=expected_logprob(False, False),
-            variants=ours + head_variants(logprob_run, preset, compile_here=True),
+            variants=ours + head_variants(logprob_run, compile_here=True),
         ),
         _case(
             "trainable head", "linear_logprob", preset, size, count=3, trainable=True,
             expected=expected_logprob(False, False),
-            variants=ours + head_variants(logprob_run, preset, compile_here=preset.compile_everywhere),
+            variants=ours + head_variants(logprob_run, compile_here=everywhere),
         ),
         _case(
             "mean cross-entropy, frozen head", "linear_logprob", preset, size, count=2,
@@ -333,18 +333,20 @@ def cases(preset: Preset) -> list[Case]:
         ),
         _case(
             "no teacher, frozen head", "fused_credit_loss", preset, size, count=2, expected=expected_credit(False),
-            variants=_grpo_variants(preset),
+            variants=_grpo_variants(everywhere),
         ),
     ]  # fmt: skip
     rows, hidden, vocab = size
-    sweep = [(r, hidden, vocab) for r in SWEEP_ROWS[preset.name]] + [(rows, hidden, v) for v in SWEEP_VOCAB[preset.name]]
-    for number, one in enumerate([size, *sweep]):
+    sizes = dict.fromkeys([size])  # each once, in order; the longest last
+    for part in SWEEP[preset.name]:
+        sizes |= dict.fromkeys([(rows // part, hidden, vocab), (rows, hidden, vocab // part)])
+    for one in sizes | {main: None}:
         variants = [_ours(ours_fused(teacher=True), "fused_credit_loss")]
-        variants += head_variants(credit_run, preset, compile_here=number == 0)
+        variants += head_variants(credit_run, compile_here=everywhere and one == main)
         found.append(
             _case(
                 "credit and clipped loss, frozen head", "fused_credit_loss", preset, one, count=3,
-                expected=expected_credit(True), variants=variants, rounds=None if number == 0 else 3,
+                expected=expected_credit(True), variants=variants, rounds=3 if preset.name == "cpu" else None,
             )
         )  # fmt: skip
     return found

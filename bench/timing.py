@@ -7,6 +7,7 @@ energy, and times of single kernels (a profiler's).
 
 from __future__ import annotations
 
+import ctypes
 import random
 import statistics
 import time
@@ -76,8 +77,8 @@ def peak_bytes(call: Callable[[], object]) -> int | None:
     """Memory that one call needs beyond what is held before it, at its peak: of the CUDA allocator, or else of the
     process (Linux only: the kernel's high-water mark of resident memory, which it can be told to forget).
 
-    None where neither can be asked. On a CPU it is a lower bound: memory that the process freed but still holds is
-    counted as held before."""
+    None where neither can be asked. On a CPU, memory that the process freed but still holds is given back first, as far
+    as the C library can; what it cannot give back makes the figure too small."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -86,8 +87,9 @@ def peak_bytes(call: Callable[[], object]) -> int | None:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
+    except (OSError, AttributeError):
         return None
     before = _status("VmRSS")
     call()

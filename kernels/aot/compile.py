@@ -28,7 +28,7 @@ from triton.compiler import ASTSource
 from triton.runtime.cache import get_cache_manager
 
 # Shared memory that one block may have, in bytes, by compute capability (CUDA C++ Programming Guide).
-SHARED_LIMIT = {kib[0]: kib[1] * 1024 for kib in ((80, 163), (86, 99), (89, 99), (90, 227), (100, 227), (120, 99))}
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 # How PTX writes an argument of each Triton type; all pointers are u64.
 PTX_TYPES = {"i8": "u8", "i16": "u16", "i32": "u32", "i64": "u64", "fp32": "f32", "fp64": "f64"}
 # What follows a kernel's own arguments in machine code by Triton 3.6: two pointers to scratch memory.
@@ -104,7 +104,7 @@ def compile_kernel(
     )
     options = {"num_warps": num_warps, "num_stages": num_stages}
     result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    usage = _resource_usage(result.asm["cubin"])
+    usage = resource_usage(result.asm["cubin"])
     return Compiled(
         name=kernel.__name__,
         capability=capability,
@@ -117,7 +117,7 @@ def compile_kernel(
     )
 
 
-def _resource_usage(cubin: bytes) -> dict[str, int]:
+def resource_usage(cubin: bytes) -> dict[str, int]:
     """REG, STACK and LOCAL of the one function in `cubin`; SHARED is what the driver keeps for itself."""
     cache = get_cache_manager(hashlib.sha256(b"resource usage" + cubin).hexdigest())
     known = cache.get_file("usage.json")

@@ -4,7 +4,8 @@
 compiles. An operation adds a function that returns its `ShippedKernel`s, and that function to `shipped()`.
 
 Arguments are written as Triton types, with ":16" where a launch may rely on a multiple of 16 (without it, loads are
-single elements wide); whatever is no string is a constant of the kernel, None a pointer that is not given.
+single elements wide); whatever is no string is a constant of the kernel, None a pointer that is not given. A pointer to
+one number per row has no ":16": nothing is gained by it, and the rows of a last chunk may begin anywhere.
 """
 
 from collections.abc import Mapping
@@ -54,19 +55,19 @@ def head_rows() -> list[ShippedKernel]:
     for full in (False, True):
         options = {
             "bias": "*fp32:16" if full else None,
-            "entropy": "*fp32:16" if full else None,
-            "temperature": "*fp32:16" if full else "fp32",
+            "entropy": "*fp32" if full else None,
+            "temperature": "*fp32" if full else "fp32",
             "ROW_TEMPERATURE": full,
         }
         suffix = "_full" if full else ""
         for dtype in ("bf16", "fp16", "fp32", None):
             arguments = {
                 "logits": "*fp32:16",
-                "target": "*i64:16",
+                "target": "*i64",
                 "mass": f"*{dtype}:16" if dtype else None,
-                "logp": "*fp32:16",
-                "others_share": "*fp32:16",
-                "inverse": "*fp32:16",
+                "logp": "*fp32",
+                "others_share": "*fp32",
+                "inverse": "*fp32",
                 "vocab_size": "i32",
                 "logits_stride": "i32:16",
                 "mass_stride": "i32:16",
@@ -77,23 +78,24 @@ def head_rows() -> list[ShippedKernel]:
             kernel = triton_rows.row_masses_kernel
             kernels.append(ShippedKernel(name, kernel, arguments | options, triton_rows.NUM_WARPS))
     for dtype in ("bf16", "fp16", "fp32"):
-        arguments = {
-            "product": "*fp32:16",
-            "weight": f"*{dtype}:16",
-            "target": "*i64:16",
-            "others_share": "*fp32:16",
-            "inverse": "*fp32:16",
-            "temperature": "fp32",
-            "out": "*fp32:16",
-            "hidden_size": "i32:16",
-            "product_stride": "i32:16",
-            "weight_stride": "i32:16",
-            "out_stride": "i32:16",
-            "ROW_TEMPERATURE": False,
-            "BLOCK": triton_rows.JACOBIAN_BLOCK,
-        }
-        name, kernel = f"head_jacobian_{dtype}", triton_rows.jacobian_kernel
-        kernels.append(ShippedKernel(name, kernel, arguments, triton_rows.JACOBIAN_WARPS))
+        for full in (False, True):
+            arguments = {
+                "product": "*fp32:16",
+                "weight": f"*{dtype}:16",
+                "target": "*i64",
+                "others_share": "*fp32",
+                "inverse": "*fp32",
+                "temperature": "*fp32" if full else "fp32",
+                "out": "*fp32:16",
+                "hidden_size": "i32:16",
+                "product_stride": "i32:16",
+                "weight_stride": "i32:16",
+                "out_stride": "i32:16",
+                "ROW_TEMPERATURE": full,
+                "BLOCK": triton_rows.JACOBIAN_BLOCK,
+            }
+            name, kernel = f"head_jacobian_{dtype}{'_full' if full else ''}", triton_rows.jacobian_kernel
+            kernels.append(ShippedKernel(name, kernel, arguments, triton_rows.JACOBIAN_WARPS))
     return kernels
 
 
@@ -109,23 +111,22 @@ def head_fused() -> list[ShippedKernel]:
     for dtype in ("bf16", "fp16", "fp32"):
         for name, variant in variants.items():
             kernels += _head_fused(f"head_fused_{dtype}_{name}", dtype, **variant)
-    for full in (False, True):
-        optional = "*fp32:16" if full else None
+    # the teacher's rows; the student's without a gradient, with one, and with the entropy too
+    finishes = {"": (), "_logp": ("others_share", "inverse"), "_masses": ("rounded", "others_share", "inverse")}
+    finishes["_full"] = (*finishes["_masses"], "weighted", "entropy")
+    for suffix, given in finishes.items():
         arguments = {
-            "others": "*fp32:16",
-            "rounded": optional,
-            "weighted": optional,
-            "logp": "*fp32:16",
-            "others_share": optional,
-            "inverse": optional,
-            "entropy": optional,
+            "others": "*fp32",
+            "logp": "*fp32",
+            **dict.fromkeys(("rounded", "weighted", "others_share", "inverse", "entropy")),
+            **dict.fromkeys(given, "*fp32"),
             "num_rows": "i32",
             "vocab_tiles": "i32",
             "others_stride": "i32",
             "BLOCK_ROWS": triton_fused.FINISH_ROWS,
             "BLOCK_TILES": triton_fused.FINISH_TILES,
         }
-        name, kernel = f"head_finish{'_full' if full else ''}", triton_fused.finish_kernel
+        name, kernel = f"head_finish{suffix}", triton_fused.finish_kernel
         kernels.append(ShippedKernel(name, kernel, arguments, triton_fused.FINISH_WARPS))
     return kernels
 
@@ -159,10 +160,10 @@ def _head_fused(name: str, dtype: str, *, teacher: bool, mass: bool, full: bool)
         "weighted": "*fp32:16" if full else None,
     }
     repair = {
-        "logp": "*fp32:16",
-        "others_share": "*fp32:16",
-        "inverse": "*fp32:16",
-        "entropy": "*fp32:16" if full else None,
+        "logp": "*fp32",
+        "others_share": "*fp32",
+        "inverse": "*fp32",
+        "entropy": "*fp32" if full else None,
         "BLOCK_VOCAB": triton_fused.REPAIR_VOCAB,
         "BLOCK_HIDDEN": triton_fused.REPAIR_HIDDEN,
     }
@@ -196,7 +197,8 @@ def _head_fused(name: str, dtype: str, *, teacher: bool, mass: bool, full: bool)
 
 
 def credit_policy_loss() -> list[ShippedKernel]:
-    """The policy loss: every objective with everything asked for, the least that can be, and what runs around it."""
+    """The policy loss: every objective with everything asked for, as the trainer's defaults ask (with the mean credit
+    taken here and elsewhere), the least that can be, and what runs around it."""
     floats, sums = "*fp32:16", "*fp64:16"
     turns = {"offsets_ptr": "*i32:16", "weight_ptr": floats, "agent_ptr": "*i8:16"}
     tokens = ("grad", "logp", "teacher", "anchor", "sampler", "reference", "reward")
@@ -210,6 +212,10 @@ def credit_policy_loss() -> list[ShippedKernel]:
         dual_clip = "fp32" if objective in ("clipped", "gspo") else None
         arguments = everything | {"dual_clip": dual_clip, "OBJECTIVE": number}
         kernels.append(ShippedKernel(f"credit_{objective}", policy, arguments, warps))
+        defaults = dict.fromkeys(("sampler_ptr", "reference_ptr", "kl_weight", "dual_clip"))
+        kernels.append(ShippedKernel(f"credit_{objective}_centered", policy, arguments | defaults, warps))
+        uncentered = arguments | defaults | {"center_ptr": None}
+        kernels.append(ShippedKernel(f"credit_{objective}_default", policy, uncentered, warps))
     least = everything | dict.fromkeys((*optional, "kl_weight", "dual_clip")) | {"OBJECTIVE": 0}
     center_names = ("sums_ptr", "logp_ptr", "teacher_ptr", *turns, "default_weight", "credit_clip", "BLOCK")
     center = {name: everything[name] for name in center_names}

@@ -22,7 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from coars_kernels import aot_library
 from coars_kernels.credit_policy_loss.reference import OBJECTIVES, metric_names
+
+aot_library.install()  # where COARS_KERNELS_AOT is set; before the first launch
 
 # A turn is some dozens to some hundreds of tokens: one to three rounds of a block, two tokens per thread.
 BLOCK_TOKENS = 256

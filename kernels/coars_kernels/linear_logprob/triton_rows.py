@@ -27,7 +27,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from coars_kernels import aot_library
 from coars_kernels.linear_logprob.rows import RowMasses
+
+aot_library.install()  # where COARS_KERNELS_AOT is set; before the first launch
 
 # 8 logits per thread and step, two 16-byte loads; the compiler unrolls the loop. 16 per thread doubled the registers
 # (55 to 106) and so halved the rows in flight. Figures of the compiler, not measured on a GPU.

@@ -1,0 +1,263 @@
+"""What the loops' benches share: the synthetic world, its conversations, and the ways in which others play and train.
+
+The model is the shipped `tiny_base`, in float32, at every preset; presets change the number of episodes. Sampling is
+greedy, so that every player says the same and can be checked in the same way. Left out: a server as a rival (it needs a
+GPU and its own process), and shapes of large models with random weights, which hold no conversation.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import coars_fast.learn.step as step_module
+from bench.harness import Result
+from coars_fast.build import TINY_BASE, Parts, build
+from coars_fast.config import Config, LossConfig, ModelConfig, RolloutConfig, SASRecConfig, TrainConfig
+from coars_fast.data.records import Task, Trajectory
+from coars_fast.game.episode import Episode, Reply
+from coars_fast.game.trajectory import trajectories
+from coars_fast.learn.step import Learner
+from coars_fast.model.attention import PackedAttention
+from coars_fast.model.decoder import Decoder
+from coars_fast.progress import Screen
+from coars_fast.rollout.play import play
+from coars_kernels.credit_policy_loss.reference import credit_policy_loss_reference
+from coars_kernels.fused_credit_loss import FusedCreditLoss
+from coars_kernels.linear_logprob.reference import linear_logprob_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NUM_EPISODES = {"smoke": 4, "cpu": 16, "h100": 512}
+
+
+class _Quiet(Screen):
+    def say(self, text: str) -> None:
+        """A bench prints its table alone."""
+
+
+@dataclass
+class World:
+    """Everything an iteration works with."""
+
+    parts: Parts
+    tasks: list[Task]
+
+    def episodes(self) -> list[Episode]:
+        """Fresh conversations about the tasks."""
+        return [self.parts.episode(task) for task in self.tasks]
+
+
+@cache
+def world(num_episodes: int) -> World:
+    """The synthetic world, the tiny base and fresh adapters."""
+    config = Config(
+        sasrec=SASRecConfig(num_epochs=1),
+        model=ModelConfig(dtype="float32"),
+        rollout=RolloutConfig(temperature=0.0),
+        train=TrainConfig(episodes_per_step=num_episodes, warmup_steps=0),
+        # A baseline by turn would see other turns where a rival splits conversations into rows.
+        loss=LossConfig(baseline="batch"),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        parts = build(config, Path(folder), _Quiet())
+    return World(parts, parts.tasks.train_tasks(0))
+
+
+# -------------------------------------------------------------------------------------------------------------- playing
+
+
+def play_ours(here: World) -> list[Episode]:
+    """`coars_fast.rollout.play`: cached keys and values of both views."""
+    config, episodes = here.parts.config, here.episodes()
+    play(
+        here.parts.decoder,
+        episodes,
+        seed=0,
+        temperature=0.0,
+        max_reply_tokens=config.rollout.max_reply_tokens,
+        batch_size=len(episodes),
+    )
+    return episodes
+
+
+@cache
+def transformers_model() -> Any:
+    """The base in transformers. Fresh adapters are zero, so it says the same as both agents: merging them into its
+    weights, which trainers do before a rollout, changes nothing and is not timed."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(TINY_BASE, dtype=torch.float32)
+    return model.to(DEVICE).eval()
+
+
+@torch.no_grad()
+def play_generate(here: World) -> list[Episode]:
+    """`transformers` `generate` on the whole conversation at every turn; its padding is on the left. The conversation's
+    tokens are given to it, so rendering and tokenising them again is not timed."""
+    model, episodes = transformers_model(), here.episodes()
+    template, limit = here.parts.template, here.parts.config.rollout.max_reply_tokens
+    agent = 0
+    while any(episode.waiting is not None for episode in episodes):
+        due = [episode for episode in episodes if episode.waiting == agent]
+        if due:
+            views = [episode.views[agent].tokens for episode in due]
+            for episode, reply in zip(due, _generate(model, views, template.control, limit), strict=True):
+                episode.receive(reply)
+        agent = 1 - agent
+    return episodes
+
+
+def _generate(model: Any, views: Sequence[Sequence[int]], control: frozenset[int], limit: int) -> list[Reply]:
+    """One greedy reply to each view."""
+    longest, pad = max(map(len, views)), min(control)
+    ids = torch.tensor([[pad] * (longest - len(view)) + list(view) for view in views], device=DEVICE)
+    mask = torch.tensor([[0] * (longest - len(view)) + [1] * len(view) for view in views], device=DEVICE)
+    found = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=False,
+        max_new_tokens=limit,
+        eos_token_id=sorted(control),
+        pad_token_id=pad,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    tokens = found.sequences[:, longest:]
+    logits = torch.stack(found.logits, 1).float()
+    logp = torch.log_softmax(logits, -1).gather(2, tokens[:, :, None])[:, :, 0].tolist()
+    replies = []
+    for row, values in zip(tokens.tolist(), logp, strict=True):
+        end = next((i + 1 for i, token in enumerate(row) if token in control), len(row))
+        replies.append(Reply(tuple(row[:end]), tuple(values[:end])))
+    return replies
+
+
+def spoken(episodes: Sequence[Episode]) -> dict[str, Any]:
+    """A player's result: the log-probs of what was said, and the conversations."""
+    logp = [value for episode in episodes for view in episode.views for value in view.logp]
+    return {"logp": torch.tensor(logp), "episodes": episodes}
+
+
+def num_spoken(result: Result) -> int:
+    """Sampled tokens."""
+    return result["logp"].numel()
+
+
+def exact_spoken(here: World, result: Result) -> dict[str, tuple[Tensor | None, Tensor]]:
+    """Float64 log-probs of what was said, each conversation in one forward pass."""
+    decoder, values = _exact(here.parts.decoder), []
+    found: Any = result["episodes"]
+    for episode in found:
+        for agent, view in enumerate(episode.views):
+            tokens = torch.tensor(view.tokens, device=DEVICE)
+            attend = PackedAttention(torch.tensor([0, len(tokens)], dtype=torch.int32, device=DEVICE), backend="sdpa")
+            agents = torch.full((len(tokens),), agent, dtype=torch.int8, device=DEVICE)
+            with torch.no_grad():
+                hidden = decoder(tokens, torch.arange(len(tokens), device=DEVICE), attend, agents)
+            rows = torch.tensor([p for span in view.spans for p in range(span.start, span.end)], device=DEVICE)
+            if len(rows):
+                logp = linear_logprob_reference(hidden[rows - 1], decoder.head_weight, tokens[rows])
+                assert isinstance(logp, Tensor)
+                values.append(logp.cpu())
+    return {"logp": (None, torch.cat(values))}
+
+
+def _exact(decoder: Decoder) -> Decoder:
+    return copy.deepcopy(decoder).double()
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def eager_head(student: Tensor, teacher: Tensor | None, weight: Tensor, target: Tensor, *values: Any, **options: Any):
+    """`fused_credit_loss` with logits of both, as an ordinary trainer has them."""
+    logp = linear_logprob_reference(student, weight, target)
+    assert isinstance(logp, Tensor)
+    other = None
+    if teacher is not None:
+        with torch.no_grad():
+            other = linear_logprob_reference(teacher, weight, target)
+    assert other is None or isinstance(other, Tensor)
+    loss, metrics = credit_policy_loss_reference(logp, other, *values, **options)
+    return FusedCreditLoss(loss, metrics, logp.detach(), other)
+
+
+def learner(decoder: Decoder, config: Config) -> Learner:
+    """A learner whose step changes no weight, so that every call does the same work."""
+    made = Learner(decoder, config)
+    for group in made.optimizer.param_groups:
+        group["peak"], group["weight_decay"] = 0.0, 0.0
+    return made
+
+
+def update(made: Learner, found: Sequence[Trajectory], *, eager: bool) -> dict[str, Tensor]:
+    """One step; the result is the (clipped) gradient of both adapters."""
+    ours = step_module.fused_credit_loss
+    if eager:
+        step_module.fused_credit_loss = eager_head  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        made.update(found, 0)
+    finally:
+        step_module.fused_credit_loss = ours
+    gradients = [p.grad.flatten() for group in made.parameters for p in group.values() if p.grad is not None]
+    return {"grad": torch.cat(gradients)}
+
+
+def row_per_turn(found: Sequence[Trajectory]) -> list[Trajectory]:
+    """Every reply a sequence of its own, with the whole conversation before it: how single-turn trainers see it."""
+    rows = []
+    for t in found:
+        first = 0
+        for turn in t.turns:
+            last = first + turn.end - turn.start
+            logp = t.behaviour_logp[first:last]
+            rows.append(replace(t, tokens=t.tokens[: turn.end], behaviour_logp=logp, turns=(turn,)))
+            first = last
+    return rows
+
+
+def exact_gradient(here: World, found: Sequence[Trajectory]) -> dict[str, tuple[Tensor | None, Tensor]]:
+    """The step in float64 with full logits."""
+    config = here.parts.config
+    config = replace(config, model=replace(config.model, attention="sdpa"))  # which alone takes float64
+    exact = learner(_exact(here.parts.decoder), config)
+    return {"grad": (None, update(exact, found, eager=True)["grad"])}
+
+
+# ----------------------------------------------------------------------------------------------------------------- work
+
+
+def model_flops(decoder: Decoder, num_tokens: float) -> float:
+    """Forward through the layers: two operations per weight and token; attention, small here, is left out."""
+    kept = ("embed_tokens", "lm_head", "lora_")
+    return 2.0 * num_tokens * sum(p.numel() for n, p in decoder.named_parameters() if not any(k in n for k in kept))
+
+
+def rollout_flops(here: World, episodes: Sequence[Episode]) -> float:
+    """Every token of every view once, and the head for what was sampled."""
+    decoder = here.parts.decoder
+    views = [view for episode in episodes for view in episode.views]
+    head = 2.0 * decoder.head_weight.numel() * sum(len(view.logp) for view in views)
+    return model_flops(decoder, sum(len(view.tokens) for view in views)) + head
+
+
+def step_flops(here: World, found: Sequence[Trajectory]) -> float:
+    """Student forward and backward to its activations, teacher forward by re-prefill, three products of the head."""
+    decoder = here.parts.decoder
+    student = sum(len(t.tokens) for t in found if t.turns)
+    teacher = sum(t.num_tokens - len(t.tokens) for t in found)
+    rows = sum(turn.end - turn.start for t in found for turn in t.turns)
+    return model_flops(decoder, 2 * student + teacher) + 6.0 * decoder.head_weight.numel() * rows
+
+
+def rewarded(here: World, episodes: Sequence[Episode]) -> list[Trajectory]:
+    """Rewards, weights and references of a rollout."""
+    return trajectories(episodes, here.parts.config.game)

@@ -1,0 +1,17 @@
+# ctest's find_package: install into an empty folder, and build and run the example against that, as a user would.
+set(STAGE ${BUILD}/stage)
+function(run)
+  execute_process(COMMAND ${ARGV} RESULT_VARIABLE failed)
+  if(failed)
+    message(FATAL_ERROR "failed: ${ARGV}")
+  endif()
+endfunction()
+file(REMOVE_RECURSE ${STAGE})
+run(${CMAKE_COMMAND} --install ${BUILD} --prefix ${STAGE}/prefix)
+run(${CMAKE_COMMAND} -S ${EXAMPLE} -B ${STAGE}/example -G ${GENERATOR} -D CMAKE_PREFIX_PATH=${STAGE}/prefix
+    -D CMAKE_CXX_COMPILER=${CXX} -D COARS_KERNELS_VERSION=${VERSION})
+run(${CMAKE_COMMAND} --build ${STAGE}/example)
+execute_process(COMMAND ${STAGE}/example/coars_kernels_example RESULT_VARIABLE code)
+if(NOT code EQUAL 0 AND NOT code EQUAL 77)
+  message(FATAL_ERROR "the example against the installed library: exit status ${code}")
+endif()

@@ -1,0 +1,107 @@
+"""Launches of the trainer's operations before a stand-in for Triton's GPU driver: nothing runs, but all is compiled.
+
+    python tests/kernels/aot_launches.py ARCH [LIBRARY]
+
+Prints JSON: which kernels reached the driver, how many came from the library, and the seconds that it took.
+"""
+
+import json
+import sys
+import time
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from coars_kernels import aot_library
+from coars_kernels.credit_policy_loss.triton_credit import credit_policy_loss_triton
+from coars_kernels.linear_logprob.triton_fused import CONFIGS, fused_masses
+from coars_kernels.linear_logprob.triton_rows import jacobian_rows, row_masses
+
+launched: list[str] = []
+
+
+class Launcher:
+    """Takes the place of Triton's launcher for one kernel."""
+
+    def __init__(self, source, metadata):
+        self.name = metadata.name
+
+    def __call__(self, *arguments):
+        launched.append(self.name)
+
+
+class Utilities:
+    """What Triton asks of a driver when it loads machine code."""
+
+    def load_binary(self, name, code, shared_bytes, device):
+        assert code.startswith(b"\x7fELF")
+        return None, None, 32, 0, 1024
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 227 * 1024}
+
+
+class StandIn:
+    """A driver of a GPU that is not there."""
+
+    utils, launcher_cls = Utilities(), Launcher
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.arch, 32)
+
+
+def launch_head(arch: int, num_rows: int) -> None:
+    """Both designs of the head, student and teacher, with a gradient."""
+    vocab_size, hidden_size = 1600, 64
+    logits = torch.zeros(num_rows, vocab_size)
+    target = torch.zeros(num_rows, dtype=torch.int64)
+    weight = torch.zeros(vocab_size, hidden_size, dtype=torch.bfloat16)
+    hidden = weight[:num_rows].clone()
+    mass = torch.empty(num_rows, vocab_size, dtype=torch.bfloat16)
+    row_masses(logits, target, mass_CV=None)
+    rows = row_masses(logits, target, mass_CV=mass)
+    product = torch.zeros(num_rows, hidden_size)
+    jacobian_rows(product, weight, target, rows.others_C, rows.inverse_C, 1.0, torch.empty_like(product))
+    config = CONFIGS[90 if arch >= 90 else 80, 2]
+    fused_masses(hidden, hidden.clone(), weight, target, mass_CV=mass, config=config)
+    fused_masses(hidden, None, weight, target, mass_CV=None, config=config)
+
+
+def launch_credit(objective: str, *, center: bool) -> None:
+    """The policy loss as the trainer calls it by default."""
+    tokens, turns = torch.zeros(40), torch.ones(4)
+    credit_policy_loss_triton(
+        tokens, tokens.clone(), tokens.clone(), turns, torch.tensor([0, 10, 20, 30, 40], dtype=torch.int32),
+        turns.clone(), torch.zeros(4, dtype=torch.int8), None, None,
+        0.1, 1.0, center, objective, 0.2, 0.2, None, 2.0, 0.0,
+    )  # fmt: skip
+
+
+def main() -> None:
+    """Launch everything and report."""
+    arch = int(sys.argv[1])
+    driver.set_active(StandIn(arch))
+    start = time.perf_counter()
+    if len(sys.argv) > 2:
+        aot_library.install(sys.argv[2])
+    for num_rows in (8, 7):
+        launch_head(arch, num_rows)
+    for objective in ("faithful", "clipped", "cispo", "gspo"):
+        launch_credit(objective, center=False)
+        launch_credit(objective, center=True)
+    seconds = time.perf_counter() - start
+    print(json.dumps({"launched": launched, "seconds": seconds, **aot_library.counts()}))
+
+
+if __name__ == "__main__":
+    main()
