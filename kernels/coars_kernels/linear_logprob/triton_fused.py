@@ -55,7 +55,7 @@ CONFIGS = {
 }
 ANCHOR_BLOCK, ANCHOR_WARPS = 1024, 4
 FINISH_ROWS, FINISH_TILES, FINISH_WARPS = 32, 32, 4
-REPAIR_VOCAB, REPAIR_HIDDEN, REPAIR_WARPS = 32, 256, 8
+REPAIR_VOCAB, REPAIR_HIDDEN, REPAIR_WARPS = 32, 128, 8
 # The last chunk has other numbers of rows than the rest: it must not compile everything again.
 NOT_SPECIALIZED = ["num_rows", "others_stride"]
 
