@@ -110,9 +110,10 @@ class LessonMaker:
         for i in rng.integers(num_items, size=6) if repeat else rng.permutation(num_items)[:6]:
             style, genre = kind(titles[i])
             if absent_rate and rng.random() < absent_rate:
-                style, genre = list(STYLES)[rng.integers(len(STYLES))], list(GENRES)[rng.integers(len(GENRES))]
                 if history:
                     style, genre = kind(history[rng.integers(len(history))])
+                else:
+                    style, genre = list(STYLES)[rng.integers(len(STYLES))], list(GENRES)[rng.integers(len(GENRES))]
             if rng.random() < popular_rate:
                 style = personas.POPULAR
             found = personas.choose(titles, style, genre, set())
