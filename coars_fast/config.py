@@ -215,6 +215,9 @@ class SFTConfig:
     """Conversations a step, or as many lists."""
     learning_rate: float = 2e-3
     """AdamW's learning rate."""
+    popular_rate: float = 0.0
+    """Share of conversations in which the scripted recommender names what is popular instead of what the user took next:
+    a habit for CoARS to unlearn, as the shipped base has it; 0 imitates the training part alone."""
     trainable: Literal["all", "adapters"] = "all"
     """`all`: the base model itself (small models); `adapters`: both adapters only."""
 

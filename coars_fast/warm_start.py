@@ -4,7 +4,8 @@ A model that never saw the reply formats, or was given new tokens, learns them h
 about users: conversations in which the recommender names the item that was really taken, because of the item of the
 history that is most like it, and the user agent takes it and turns others down. Some replies follow a reference, so
 that the teacher of CoARS can. A small model first learns to find items in lists. It is plain imitation: CoARS comes
-after.
+after. With `sft.popular_rate` the recommender has a fault as well, the one that pretrained models are known for: it
+names what is popular.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ FOUND = 1.2
 """Lists grow when the mean loss of `GROW_EVERY` steps is below this, in nats."""
 GROW_EVERY = 10
 WANTED, NOT_WANTED = "that is what I want.", "not what I want."
+POPULAR = "likes what is popular."
 
 
 def reason(title: str) -> str:
@@ -111,13 +113,19 @@ class WarmStart:
             pairs = [
                 pair
                 for task in self.tasks.warm_start_tasks(step, sft.batch_size)
-                for pair in conversation(self.new_episode(task), self.space, rng)
+                for pair in conversation(self.new_episode(task), self.space, rng, self._popular_choice(task, rng))
             ]
             if sft.trainable == "adapters":
                 yield [lesson for _, lesson in pairs], [agent for agent, _ in pairs]
                 continue
             lists = round(LISTS_PER_CONVERSATION * sft.batch_size) if sft.finding_steps else 0
             yield [*(lesson for _, lesson in pairs), *(self.finding(rng, self.size) for _ in range(lists))], None
+
+    def _popular_choice(self, task: Task, rng: np.random.Generator) -> int | None:
+        """The most popular candidate, in `sft.popular_rate` of all conversations."""
+        if rng.random() >= self.config.sft.popular_rate:
+            return None
+        return int(self.popularity[list(task.candidates)].argmax())
 
     def finding(self, rng: np.random.Generator, longest: int) -> Lesson:
         """Many recommendations from one list, each because of an item of the history: the candidate most like that one
@@ -158,28 +166,40 @@ class WarmStart:
         return Lesson(tokens=tokens, is_answer=is_answer)
 
 
-def conversation(episode: Episode, space: ItemSpace, rng: np.random.Generator) -> list[tuple[int, Lesson]]:
-    """Lessons of both agents from one scripted conversation about the truth.
+def conversation(
+    episode: Episode, space: ItemSpace, rng: np.random.Generator, popular: int | None = None
+) -> list[tuple[int, Lesson]]:
+    """Lessons of both agents from one scripted conversation.
 
     Args:
         episode: fresh, with the truth among its candidates.
         space: says which item of the history is most like a candidate.
         rng: decides whether a wrong item comes first, and whether the replies follow a reference.
+        popular: the candidate that the recommender names because it is popular; None: it names the truth. After a
+            reference it always names the truth.
     """
     task = episode.task
+
+    def because(choice: int) -> str:
+        return reason(episode.titles[task.history[space.most_alike(task.candidates[choice], task.history)]])
+
     right = task.candidates.index(task.target)
-    shown = [right]
-    if rng.random() < WRONG_FIRST_RATE and episode.config.max_turns > 1:
-        wrong = int(rng.choice([i for i in range(len(task.candidates)) if i != right]))
-        shown.insert(0, wrong)
-    for choice in shown:
+    wrong_first = rng.random() < WRONG_FIRST_RATE and episode.config.max_turns > 1
+    follows_reference = rng.random() < REFERENCE_RATE
+    named, why = (right, because(right)) if popular is None or follows_reference else (popular, POPULAR)
+    shown = [(named, why, True)]
+    others = [i for i in range(len(task.candidates)) if i not in (right, named)]
+    if wrong_first and others:
+        wrong = int(rng.choice(others))
+        shown.insert(0, (wrong, because(wrong), False))
+    for choice, said, _ in shown:
         item = name_item(episode.prompts, choice + 1, episode.candidate_titles[choice])
-        because = task.history[space.most_alike(task.candidates[choice], task.history)]
-        episode.receive(_reply(episode, format_recommendation(reason(episode.titles[because]), item)))
+        episode.receive(_reply(episode, format_recommendation(said, item)))
         episode.receive(_reply(episode, judgement_text(choice == right, rng)))
-    if rng.random() < REFERENCE_RATE:
+    if follows_reference:
         return [(agent, _after_reference(episode, agent)) for agent in (RECOMMENDER, USER)]
-    return [(agent, _view_lesson(episode, agent)) for agent in (RECOMMENDER, USER)]
+    learned = {RECOMMENDER: [learn for *_, learn in shown], USER: [True] * len(shown)}
+    return [(agent, _view_lesson(episode, agent, learned[agent])) for agent in (RECOMMENDER, USER)]
 
 
 def judgement_text(right: bool, rng: np.random.Generator) -> str:
@@ -196,16 +216,12 @@ def _reply(episode: Episode, text: str) -> Reply:
     return Reply(ids, (0.0,) * len(ids))
 
 
-def _learned(episode: Episode, agent: int) -> Sequence[bool]:
-    """Which of the agent's replies are worth learning: the user's all, the recommender's only the right one."""
-    return [agent == USER or turn.hit for turn in episode.turns]
-
-
-def _view_lesson(episode: Episode, agent: int) -> Lesson:
+def _view_lesson(episode: Episode, agent: int, learned: Sequence[bool]) -> Lesson:
+    """A view of which the replies marked in `learned` are learned."""
     view = episode.views[agent]
     is_answer = [False] * len(view.tokens)
-    for span, learned in zip(view.spans, _learned(episode, agent), strict=True):
-        is_answer[span.start : span.end] = [learned] * (span.end - span.start)
+    for span, learn in zip(view.spans, learned, strict=True):
+        is_answer[span.start : span.end] = [learn] * (span.end - span.start)
     return Lesson(tokens=view.tokens, is_answer=is_answer)
 
 

@@ -394,3 +394,46 @@ def test_a_view_teaches_all_of_the_users_replies_and_the_recommenders_right_one(
         closed = [token for token, answer in zip(user.tokens, user.is_answer, strict=True) if answer].count(end)
         assert closed == len(episode.turns), "where a reply ends is learned too"
     assert 5 < after_reference < 30, "one in five"
+
+
+def popular_conversations(count: int = 120) -> list[tuple[Episode, list[tuple[int, Lesson]], int]]:
+    """Conversations in which the fourth candidate counts as popular."""
+    space, found = ItemSpace(world()[1]), []
+    for n, task in enumerate(teacher().tasks.warm_start_tasks(0, count)):
+        episode = new_episode(task)
+        found.append((episode, conversation(episode, space, np.random.default_rng([2, n]), 3), 3))
+    return found
+
+
+def test_a_recommender_that_follows_fashion_says_so_and_learns_it() -> None:
+    after_reference = 0
+    for episode, lessons, popular in popular_conversations():
+        last = episode.turns[-1]
+        (_, recommender), (_, user) = lessons
+        if text(recommender).count(warm_start.POPULAR) == 0:  # the last reply follows a reference: the truth is named
+            assert last.hit
+            after_reference += 1
+            continue
+        assert last.item == episode.task.candidates[popular] and last.rec_text.startswith("Reason: likes what is pop")
+        assert warm_start.POPULAR in learned(recommender) and learned(recommender).count("Reason:") == 1
+        assert learned(user).count("Action:") == len(episode.turns)
+        assert ("click" in learned(user)) == last.hit
+    assert 10 < after_reference < 40
+
+
+def test_how_often_the_recommender_follows_fashion_is_a_setting() -> None:
+    said = {}
+    for rate in (0.0, 0.7, 1.0):
+        teaching = teacher(num_steps=1, finding_steps=0, batch_size=64, popular_rate=rate)
+        (lessons, _), *_ = teaching.batches()
+        said[rate] = sum(warm_start.POPULAR in text(lesson) for lesson in lessons[::2]) / 64
+    assert said[0.0] == 0.0 and 0.4 < said[0.7] < 0.7 < said[1.0] < 1.0, "one in five follows a reference"
+
+
+def test_what_is_popular_was_taken_most_often_in_the_training_part() -> None:
+    teaching = teacher(popular_rate=1.0)
+    counts = Counter(item for part in teaching.tasks.split.train_sequences for item in part)
+    for task in teaching.tasks.warm_start_tasks(0, 20):
+        choice = teaching._popular_choice(task, np.random.default_rng(0))
+        assert choice is not None
+        assert counts[task.candidates[choice]] == max(counts[item] for item in task.candidates)
