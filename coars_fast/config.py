@@ -216,8 +216,8 @@ class SFTConfig:
     learning_rate: float = 2e-3
     """AdamW's learning rate."""
     popular_rate: float = 0.0
-    """Share of conversations in which the scripted recommender names what is popular instead of what the user took next:
-    a habit for CoARS to unlearn, as the shipped base has it; 0 imitates the training part alone."""
+    """Share of conversations in which the scripted recommender names what is popular, not what the user took next: a
+    habit for CoARS to unlearn, as the shipped base has it; 0 imitates the training part alone."""
     trainable: Literal["all", "adapters"] = "all"
     """`all`: the base model itself (small models); `adapters`: both adapters only."""
 
