@@ -10,6 +10,8 @@ from coars_kernels.checks import checked_values
 from coars_kernels.credit_policy_loss import CreditOptions, credit_policy_loss
 from coars_kernels.fused_credit_loss import FusedCreditLoss, fused_credit_loss
 from coars_kernels.linear_logprob import linear_logprob
+from coars_kernels.paged_decode_attention import PrefixGroups, paged_decode_attention
+from coars_kernels.paged_prefill_attention import paged_prefill_attention
 from coars_kernels.paired_linear_logprob import paired_linear_logprob
 from coars_kernels.sample_with_logprob import sample_with_logprob
 
@@ -18,12 +20,15 @@ __version__ = "0.1.0"
 __all__ = [
     "CreditOptions",
     "FusedCreditLoss",
+    "PrefixGroups",
     "__version__",
     "agent_lora",
     "checked_values",
     "credit_policy_loss",
     "fused_credit_loss",
     "linear_logprob",
+    "paged_decode_attention",
+    "paged_prefill_attention",
     "paired_linear_logprob",
     "sample_with_logprob",
 ]

@@ -167,6 +167,15 @@ def _credit() -> tuple[str, str]:
     return "Triton", "three or four small kernels; float64 log-probs take plain torch"
 
 
+def _paged(on_gpu: str) -> tuple[str, str]:
+    gathered = "pages gathered, then scaled_dot_product_attention"
+    if not torch.cuda.is_available():
+        return "plain torch", f"{_no_cuda()}; {gathered}"
+    if not has_triton(torch.empty(1, device="cuda")):
+        return "plain torch", f"Triton is not installed; {gathered}"
+    return "Triton", f"{on_gpu}; keys stay in their pages"
+
+
 def _everywhere_torch(reason: str) -> tuple[str, str]:
     return "plain torch", reason
 
@@ -181,6 +190,8 @@ OPERATIONS: dict[str, Callable[[], tuple[str, str]]] = {
     "credit_policy_loss": _credit,
     "fused_credit_loss": _both,
     "sample_with_logprob": lambda: _everywhere_torch("on every device: noise by counter and an argmax, no kernel yet"),
+    "paged_decode_attention": lambda: _paged("one to three launches, with splits merged by log-sum-exp"),
+    "paged_prefill_attention": lambda: _paged("one launch"),
     "agent_lora": lambda: _everywhere_torch("on every device: two dense products of the library, five launches"),
 }
 
