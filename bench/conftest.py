@@ -2,6 +2,7 @@
 
     python -m pytest bench/ --preset cpu
     python -m pytest bench/test_head.py --preset smoke --bench-out somewhere
+    python -m pytest bench/ --bench-out somewhere --bench-resume --bench-seconds 300
 
 A bench file has `cases(preset)`, a list of `Case`, and a test that hands each to the fixture `measured`. After every
 case the CSV is written, at the end the JSON, the table and the plots. The times are interleaved across variants, which
@@ -11,13 +12,15 @@ JSON is written by its own hook, without the host's name. Without pytest-benchma
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.presets import PRESETS, BenchError, choose_preset
+from bench.presets import MEASURED, NO_TIME, PRESETS, BenchError, choose_preset
 
 RESULTS = Path(__file__).parent / "results"
 JSON_NAME = "benchmark.json"
@@ -29,6 +32,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--bench-out", type=Path, help="folder of results (default: bench/results/<machine>/<date>; smoke: none)"
     )
+    group.addoption(
+        "--bench-resume", action="store_true", help="leave out what this commit measured on this machine before"
+    )
+    group.addoption("--bench-seconds", type=float, help="begin no case after so many seconds")
+    group.addoption("--bench-commit", help="what is written down as the commit (default: asked of git)")
 
 
 class Session:
@@ -37,13 +45,30 @@ class Session:
     def __init__(self, config: pytest.Config):
         import torch
 
-        from bench.results import machine_slug, today
+        from bench.results import machine_slug, state_commit, today
 
+        stated: str | None = config.getoption("--bench-commit")
+        if stated:
+            state_commit(stated)
         self.preset = choose_preset(config.getoption("--preset"), torch.cuda.is_available())
         self.folder: Path | None = config.getoption("--bench-out")
         if self.folder is None and self.preset.name != "smoke":
             self.folder = RESULTS / machine_slug() / today()
         self.rows: list[Any] = []
+        self.resume = bool(config.getoption("--bench-resume"))
+        seconds: float | None = config.getoption("--bench-seconds")
+        self.deadline = math.inf if seconds is None else time.monotonic() + seconds
+
+    def left_out(self, case: Any) -> str:
+        """Why a case is not run; empty if it is."""
+        from bench.results import CSV_NAME, commit, machine_slug, read_csv
+
+        if self.resume and self.folder is not None and (self.folder / CSV_NAME).exists():
+            here = (commit(), machine_slug())
+            measured = {row.key for row in read_csv(self.folder) if (row.commit, row.machine) == here}
+            if all(case.key(self.preset, variant.name) in measured for variant in case.variants):
+                return MEASURED
+        return NO_TIME if time.monotonic() > self.deadline else ""
 
     def add(self, rows: list[Any]) -> None:
         """Keep rows, and write them where there is a folder."""
@@ -83,6 +108,9 @@ def measured(request: pytest.FixtureRequest) -> Iterator[Callable[[Any], Any]]:
     fixture = request.getfixturevalue("benchmark") if plugin else None
 
     def run(case: Any) -> Any:
+        reason = session.left_out(case)
+        if reason:
+            pytest.skip(reason)
         outcome = run_case(case, session.preset)
         session.add(outcome.rows)
         if fixture is not None:

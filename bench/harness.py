@@ -102,6 +102,10 @@ class Case:
         """As pytest shows it; free of what its `-k` would not take."""
         return f"{self.op}-{self.name}-{self.shape_text}".replace(" ", "-").replace("=", "").replace(",", "")
 
+    def key(self, preset: Preset, variant: str) -> tuple[str, ...]:
+        """`Row.key` of the row that a variant gets."""
+        return (self.op, self.name, self.shape_text, self.dtype_text, preset.name, variant)
+
     @property
     def shape_text(self) -> str:
         return " ".join(f"{letter}={size}" for letter, size in self.shape.items())
@@ -163,22 +167,29 @@ def run_case(case: Case, preset: Preset, roofline: Roofline | None = None) -> Ou
     for variant in case.variants:
         allowance = allowed[variant.precision]
         states[variant.name], results[variant.name] = _checked(case, variant, first, expected, allowance)
-    ready = [v for v in case.variants if states[v.name][0] == "ok"]
+    turns = copies(first, case.inputs)
+    calls: dict[str, Callable[[], object]] = {}
+    memory: dict[str, int | None] = {}
+    for variant in (v for v in case.variants if states[v.name][0] == "ok"):
+        call = _taking_turns(variant.run, turns)
+        try:
+            memory[variant.name] = peak_bytes(call)
+        except torch.OutOfMemoryError as error:  # more is held by now than when the result was checked
+            states[variant.name] = ("failed", _one_line(error), states[variant.name][2])
+        else:
+            calls[variant.name] = call
     problems = [
         f"{case.id}: {v.name}: {states[v.name][1]}"
         for v in case.variants
         if states[v.name][0] == "refused" or (states[v.name][0] == "failed" and v.kind == "ours")
     ]
-    turns = copies(first, case.inputs)
-    calls: dict[str, Callable[[], object]] = {}
-    for variant in ready:
-        calls[variant.name] = _taking_turns(variant.run, turns)
     if case.floor is not None:
         calls[case.floor_name] = _taking_turns(lambda call: call(), [case.floor(inputs) for inputs in turns])
-    memory = {name: peak_bytes(call) for name, call in calls.items()}
+        memory[case.floor_name] = peak_bytes(calls[case.floor_name])
     # Each was called twice by now, for its result and its memory; a GPU's clocks want another call.
     warm_up = int(case.device == "cuda")
-    seconds = interleaved(calls, rounds=case.rounds or preset.rounds, warm_up=warm_up) if calls else {}
+    rounds = case.rounds or preset.rounds
+    seconds = interleaved(calls, rounds=rounds, warm_up=warm_up, limit=preset.seconds) if calls else {}
     if case.floor is None:
         roofline = roofline or measure(case.dtype, case.device)
         floor_time = roofline.seconds(case.flops, case.num_bytes)
@@ -223,12 +234,16 @@ def _checked(
         result = variant.run(inputs)
     # A rival may raise anything; it is shown in the table, and the run goes on.
     except Exception as error:
-        text = str(error).strip().splitlines() or [""]
-        return ("failed", f"{type(error).__name__}: {text[0][:160]}", None), None
+        return ("failed", _one_line(error), None), None
     error = error_of(result, expected(inputs, result), allowed)
     if not error <= 1.0:
         return ("refused", f"wrong result: its error is {error:.3g} times what is allowed", error), None
     return ("ok", "", error), case.tokens(result) if case.tokens else None
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {text[0][:160]}"
 
 
 def _row(

@@ -1,13 +1,13 @@
 """What the loops' benches share: the synthetic world, its conversations, and the ways in which others play and train.
 
 The model is the shipped `tiny_base`, in float32, at every preset; presets change the number of episodes. Sampling is
-greedy, so that every player says the same and can be checked in the same way. Left out: a server as a rival (it needs a
-GPU and its own process), and shapes of large models with random weights, which hold no conversation.
+greedy, so that every player says the same and can be checked in the same way. Shapes of large models, with random
+weights, hold no conversation: they are in `bench/large.py`. Left out: a server as a rival (it needs a GPU and its own
+process).
 """
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import coars_fast.learn.step as step_module
+from bench.exact import exact, exact_logp
 from bench.harness import Result
 from coars_fast.build import TINY_BASE, Parts, build
 from coars_fast.config import Config, LossConfig, ModelConfig, RolloutConfig, SASRecConfig, TrainConfig
@@ -26,7 +27,6 @@ from coars_fast.data.records import Task, Trajectory
 from coars_fast.game.episode import Episode, Reply
 from coars_fast.game.trajectory import trajectories
 from coars_fast.learn.step import Learner
-from coars_fast.model.attention import PackedAttention
 from coars_fast.model.decoder import Decoder
 from coars_fast.progress import Screen
 from coars_fast.rollout.play import play
@@ -153,25 +153,14 @@ def num_spoken(result: Result) -> int:
 
 def exact_spoken(here: World, result: Result) -> dict[str, tuple[Tensor | None, Tensor]]:
     """Float64 log-probs of what was said, each conversation in one forward pass."""
-    decoder, values = _exact(here.parts.decoder), []
+    values = []
     found: Any = result["episodes"]
     for episode in found:
         for agent, view in enumerate(episode.views):
-            tokens = torch.tensor(view.tokens, device=DEVICE)
-            attend = PackedAttention(torch.tensor([0, len(tokens)], dtype=torch.int32, device=DEVICE), backend="sdpa")
-            agents = torch.full((len(tokens),), agent, dtype=torch.int8, device=DEVICE)
-            with torch.no_grad():
-                hidden = decoder(tokens, torch.arange(len(tokens), device=DEVICE), attend, agents)
             rows = torch.tensor([p for span in view.spans for p in range(span.start, span.end)], device=DEVICE)
             if len(rows):
-                logp = linear_logprob_reference(hidden[rows - 1], decoder.head_weight, tokens[rows])
-                assert isinstance(logp, Tensor)
-                values.append(logp.cpu())
-    return {"logp": (None, torch.cat(values))}
-
-
-def _exact(decoder: Decoder) -> Decoder:
-    return copy.deepcopy(decoder).double()
+                values.append(exact_logp(here.parts.decoder, torch.tensor(view.tokens, device=DEVICE), rows, agent))
+    return {"logp": (None, torch.cat(values).cpu())}
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -224,12 +213,12 @@ def row_per_turn(found: Sequence[Trajectory]) -> list[Trajectory]:
     return rows
 
 
-def exact_gradient(here: World, found: Sequence[Trajectory]) -> dict[str, tuple[Tensor | None, Tensor]]:
-    """The step in float64 with full logits."""
-    config = here.parts.config
+def exact_gradient(
+    decoder: Decoder, config: Config, found: Sequence[Trajectory]
+) -> dict[str, tuple[Tensor | None, Tensor]]:
+    """The step in float64 with full logits; gradients are stored in the adapters' fp32."""
     config = replace(config, model=replace(config.model, attention="sdpa"))  # which alone takes float64
-    exact = learner(_exact(here.parts.decoder), config)
-    return {"grad": (None, update(exact, found, eager=True)["grad"])}
+    return {"grad": (None, update(learner(exact(decoder), config), found, eager=True)["grad"].double())}
 
 
 # ----------------------------------------------------------------------------------------------------------------- work
@@ -241,17 +230,15 @@ def model_flops(decoder: Decoder, num_tokens: float) -> float:
     return 2.0 * num_tokens * sum(p.numel() for n, p in decoder.named_parameters() if not any(k in n for k in kept))
 
 
-def rollout_flops(here: World, episodes: Sequence[Episode]) -> float:
+def rollout_flops(decoder: Decoder, episodes: Sequence[Episode]) -> float:
     """Every token of every view once, and the head for what was sampled."""
-    decoder = here.parts.decoder
     views = [view for episode in episodes for view in episode.views]
     head = 2.0 * decoder.head_weight.numel() * sum(len(view.logp) for view in views)
     return model_flops(decoder, sum(len(view.tokens) for view in views)) + head
 
 
-def step_flops(here: World, found: Sequence[Trajectory]) -> float:
+def step_flops(decoder: Decoder, found: Sequence[Trajectory]) -> float:
     """Student forward and backward to its activations, teacher forward by re-prefill, three products of the head."""
-    decoder = here.parts.decoder
     student = sum(len(t.tokens) for t in found if t.turns)
     teacher = sum(t.num_tokens - len(t.tokens) for t in found)
     rows = sum(turn.end - turn.start for t in found for turn in t.turns)

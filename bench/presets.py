@@ -5,7 +5,11 @@ What a size means for an op stands in that op's file; here is what holds for all
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+MEASURED, NO_TIME = "measured before", "no time is left"
+"""Why a run leaves a case out."""
 
 
 class BenchError(Exception):
@@ -19,15 +23,17 @@ class Preset:
     name: str
     rounds: int
     """Timed calls of every variant."""
+    seconds: float
+    """No further round begins once a case was timed this long; two there always are."""
     dtype: str
     compile_everywhere: bool
     """Whether `torch.compile` is among the rivals of every case, or of one only: compiling takes longer than smoke."""
 
 
 PRESETS = {
-    "smoke": Preset("smoke", 3, "float32", False),
-    "cpu": Preset("cpu", 5, "float32", True),
-    "h100": Preset("h100", 30, "bfloat16", True),
+    "smoke": Preset("smoke", 3, math.inf, "float32", False),
+    "cpu": Preset("cpu", 5, math.inf, "float32", True),
+    "h100": Preset("h100", 30, 6.0, "bfloat16", True),
 }
 
 

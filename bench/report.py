@@ -10,6 +10,7 @@ do not compare. The times stand in the CSV.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import math
 import sys
@@ -200,14 +201,16 @@ def sweep_figure(line: Sequence[Sequence[Row]], letter: str):
 
 
 def write_report(folder: Path) -> list[Path]:
-    """Table and plots of the CSV in `folder`, written there; returns the files."""
-    import matplotlib.pyplot as plt
-
+    """Table and plots of the CSV in `folder`, written there; returns the files. Without matplotlib: the table alone."""
     rows = read_csv(folder)
     if not rows:
         raise BenchError(f"{csv_path(folder)}: has no rows; nothing to draw")
     written = [folder / TABLE_NAME]
     write_beside(written[0], table(rows))
+    if importlib.util.find_spec("matplotlib") is None:
+        return written
+    import matplotlib.pyplot as plt
+
     figures = {"ratio.png": ratio_figure(rows)}
     for (op, _, letter), line in sweeps(rows).items():
         figures[f"sweep_{op}_{letter}.png"] = sweep_figure(line, letter)

@@ -163,9 +163,22 @@ def machine_slug() -> str:
     return f"cpu-{os.cpu_count()}core-{platform.machine().lower()}"
 
 
-@cache
+_stated_commit: str | None = None
+
+
+def state_commit(text: str) -> None:
+    """Say what is measured, where git cannot tell or where several processes must agree."""
+    global _stated_commit
+    _stated_commit = text
+
+
 def commit() -> str:
     """The commit that is measured, `-dirty` after it where files differ; `unknown` outside a checkout."""
+    return _commit_by_git() if _stated_commit is None else _stated_commit
+
+
+@cache
+def _commit_by_git() -> str:
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:

@@ -11,18 +11,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
-import transformers
 
 from bench import loops
 from bench.harness import Case, Result, Variant
 from bench.presets import Preset
 from coars_fast import __version__
 
+transformers = pytest.importorskip("transformers")
+
 
 def cases(preset: Preset) -> list[Case]:
     here = loops.world(loops.NUM_EPISODES[preset.name])
-    made = loops.learner(here.parts.decoder, here.parts.config)
+    decoder = here.parts.decoder
+    made = loops.learner(decoder, here.parts.config)
 
     def ours(w: loops.World) -> Result:
         episodes = loops.play_ours(w)
@@ -35,7 +38,8 @@ def cases(preset: Preset) -> list[Case]:
 
     def expected(w: loops.World, result: Result) -> dict[str, Any]:
         episodes: Any = result["episodes"]
-        return loops.exact_spoken(w, result) | loops.exact_gradient(w, loops.rewarded(w, episodes))
+        gradient = loops.exact_gradient(decoder, w.parts.config, loops.rewarded(w, episodes))
+        return loops.exact_spoken(w, result) | gradient
 
     episodes = loops.play_ours(here)
     found = loops.rewarded(here, episodes)
@@ -47,7 +51,7 @@ def cases(preset: Preset) -> list[Case]:
     case = Case(
         op="iteration", name="both agents", shape={"episodes": len(episodes)}, dtype=torch.float32, device=loops.DEVICE,
         inputs=lambda seed: here, variants=variants, expected=expected, by_result=True,
-        flops=loops.rollout_flops(here, episodes) + loops.step_flops(here, found), tokens=loops.num_spoken,
+        flops=loops.rollout_flops(decoder, episodes) + loops.step_flops(decoder, found), tokens=loops.num_spoken,
         allowed=(1e-4, 1e-3),
     )  # fmt: skip
     return [case]

@@ -24,7 +24,8 @@ def cases(preset: Preset) -> list[Case]:
     here = loops.world(loops.NUM_EPISODES[preset.name])
     found = loops.rewarded(here, loops.play_ours(here))
     rows, student = loops.row_per_turn(found), sum(len(t.tokens) for t in found)
-    made = loops.learner(here.parts.decoder, here.parts.config)
+    decoder = here.parts.decoder
+    made = loops.learner(decoder, here.parts.config)
     variants = [
         Variant(
             "Learner.update", lambda w: loops.update(made, found, eager=False), "ours", f"coars_fast {__version__}"
@@ -36,7 +37,8 @@ def cases(preset: Preset) -> list[Case]:
     case = Case(
         op="step", name="both agents", shape={"episodes": len(here.tasks)}, dtype=torch.float32,
         device=loops.DEVICE, inputs=lambda seed: here, variants=variants,
-        expected=lambda w, _: loops.exact_gradient(w, found), flops=loops.step_flops(here, found),
+        expected=lambda w, _: loops.exact_gradient(decoder, w.parts.config, found),
+        flops=loops.step_flops(decoder, found),
         tokens=lambda _: student, allowed=(1e-4, 1e-3),
     )  # fmt: skip
     return [case]

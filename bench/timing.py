@@ -8,6 +8,7 @@ energy, and times of single kernels (a profiler's).
 from __future__ import annotations
 
 import ctypes
+import math
 import random
 import statistics
 import time
@@ -46,6 +47,7 @@ def interleaved(
     *,
     rounds: int,
     warm_up: int = 1,
+    limit: float = math.inf,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of every timed call, by variant.
@@ -54,11 +56,14 @@ def interleaved(
         variants: name -> what is timed; each makes its own gradients and drops them.
         rounds: timed calls of each, at least 2.
         warm_up: calls of each that are not timed.
+        limit: no further round begins after so many seconds, warm-up included, once two rounds were timed.
         clock: seconds from any origin.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    order = random.Random(0)
+    order, begun = random.Random(0), clock()
     for number in range(warm_up + rounds):
+        if number >= warm_up + 2 and clock() - begun > limit:
+            break
         names = list(variants)
         order.shuffle(names)
         for name in names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from bench.rivals import Rival
 from bench.roofline import Roofline
 from bench.timing import interleaved, summary
 
-PRESET = Preset("smoke", 2, "float32", False)
+PRESET = Preset("smoke", 2, math.inf, "float32", False)
 
 
 class Clock:
@@ -48,6 +49,14 @@ def test_every_round_times_each_variant_once_and_warm_up_is_not_timed() -> None:
     rounds = [clock.calls[i : i + 3] for i in range(0, len(clock.calls), 3)]
     assert len(rounds) == 8 and all(sorted(one) == ["a", "b", "c"] for one in rounds)
     assert len({tuple(one) for one in rounds}) > 1
+
+
+def test_slow_cases_get_fewer_rounds_but_two_at_least() -> None:
+    clock = Clock()
+    variants = {"a": clock.variant("a", 3.0)}
+    seconds = interleaved(variants, rounds=9, warm_up=1, limit=10.0, clock=lambda: clock.now)
+    assert seconds == {"a": [3.0] * 3}
+    assert len(interleaved(variants, rounds=9, warm_up=1, limit=1.0, clock=lambda: clock.now)["a"]) == 2
 
 
 @dataclass
@@ -97,6 +106,21 @@ def test_a_rival_that_raises_does_not_fail_the_case_and_ours_does() -> None:
     assert (rows["theirs"].status, rows["theirs"].reason) == ("failed", "RuntimeError: no such kernel")
     assert outcome.problems == []
     assert run_case(double_case(Variant("o", broken, "ours", "1")), PRESET, Roofline(1e9, 1e9)).problems
+
+
+def test_a_rival_that_runs_out_of_memory_later_loses_its_time_alone() -> None:
+    calls = []
+
+    def once(inputs: Numbers) -> dict[str, Tensor]:
+        calls.append(1)
+        if len(calls) > 1:
+            raise torch.OutOfMemoryError("no memory is left")
+        return right(inputs)
+
+    outcome = run_case(double_case(Variant("theirs", once), Variant("right", right)), PRESET, Roofline(1e9, 1e9))
+    rows = {row.variant: row for row in outcome.rows}
+    assert (rows["theirs"].status, rows["theirs"].reason) == ("failed", "OutOfMemoryError: no memory is left")
+    assert rows["right"].status == "ok" and set(outcome.seconds) == {"right"} and outcome.problems == []
 
 
 def test_an_absent_rival_is_a_row_with_its_reason() -> None:

@@ -1,0 +1,100 @@
+"""Every operation that has Triton kernels, called once at small odd sizes: what a memory checker can watch.
+
+    python -m bench.acceptance.small_calls
+
+Sizes are no multiples of any tile, so that masks are at work. Results are only asked to be finite: that they are right
+is the tests' matter. Add a call with every kernel that is added. On a CPU the plain-torch paths run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from coars_kernels import credit_policy_loss, fused_credit_loss, linear_logprob
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROWS, VOCAB, HIDDEN = 70, 1003, 100
+Call = Callable[[], Tensor]
+
+
+def head(path: str, dtype: torch.dtype) -> Call:
+    """Student and teacher, loss and gradient."""
+
+    def call() -> Tensor:
+        weight = torch.randn(VOCAB, HIDDEN, device=DEVICE).to(dtype)
+        student, teacher = (torch.randn(ROWS, HIDDEN, device=DEVICE).to(dtype) / HIDDEN**0.5 for _ in range(2))
+        target = torch.randint(VOCAB, (ROWS,), device=DEVICE)
+        behaviour = linear_logprob(student, weight, target, path=path)
+        offsets = torch.tensor([0, 1, 30, 30, ROWS], device=DEVICE)
+        student.requires_grad_()
+        found = fused_credit_loss(
+            student, teacher, weight, target, behaviour, torch.randn(4, device=DEVICE), offsets, path=path
+        )
+        found.loss.backward()
+        assert student.grad is not None
+        return student.grad
+
+    return call
+
+
+def head_with_entropy(path: str) -> Call:
+    """Bias, entropy and a temperature for every row."""
+
+    def call() -> Tensor:
+        weight = torch.randn(VOCAB, HIDDEN, device=DEVICE)
+        hidden = torch.randn(ROWS, HIDDEN, device=DEVICE, requires_grad=True)
+        found = linear_logprob(
+            hidden, weight, torch.randint(VOCAB, (ROWS,), device=DEVICE), bias=torch.randn(VOCAB, device=DEVICE),
+            temperature=torch.rand(ROWS, device=DEVICE) + 0.5, return_entropy=True, path=path,
+        )  # fmt: skip
+        logp, entropy = found
+        logp.sum().backward()
+        assert hidden.grad is not None
+        return hidden.grad.sum() + entropy.sum()
+
+    return call
+
+
+def loss(objective: str) -> Call:
+    """Turns of many lengths, one of no tokens."""
+
+    def call() -> Tensor:
+        lengths = torch.tensor([0, 1, 300, 257, 3], device=DEVICE)
+        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        count = 561
+        logp = -torch.rand(count, device=DEVICE)
+        teacher, behaviour = (logp + 0.1 * torch.randn(count, device=DEVICE) for _ in range(2))
+        logp.requires_grad_()
+        found, _ = credit_policy_loss(
+            logp, teacher, behaviour, torch.randn(5, device=DEVICE), offsets, objective=objective, credit_center=True
+        )
+        found.backward()
+        assert logp.grad is not None
+        return logp.grad
+
+    return call
+
+
+def calls() -> dict[str, Call]:
+    """By name."""
+    paths = ("library", "fused") if DEVICE == "cuda" else ("auto",)
+    dtypes = (torch.bfloat16, torch.float32)
+    found = {f"head, {path}, {dtype}": head(path, dtype) for path in paths for dtype in dtypes}
+    found |= {f"head with entropy, {path}": head_with_entropy(path) for path in paths}
+    return found | {f"loss, {objective}": loss(objective) for objective in ("faithful", "clipped", "cispo", "gspo")}
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    for name, call in calls().items():
+        found = call()
+        finite = bool(torch.isfinite(found).all())  # waits for the GPU
+        assert finite, f"{name}: not finite"
+        print(f"called: {name}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
