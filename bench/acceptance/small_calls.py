@@ -13,7 +13,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from coars_kernels import credit_policy_loss, fused_credit_loss, linear_logprob
+from coars_kernels import (
+    PrefixGroups,
+    credit_policy_loss,
+    fused_credit_loss,
+    linear_logprob,
+    paged_decode_attention,
+    paged_prefill_attention,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS, VOCAB, HIDDEN = 70, 1003, 100
@@ -78,13 +85,37 @@ def loss(objective: str) -> Call:
     return call
 
 
+def paged(dtype: torch.dtype, *, prefill: bool, grouped: bool = False) -> Call:
+    """Rows of no, few and many keys in pages of 16; a needed page beyond the first belongs to one row alone."""
+
+    def call() -> Tensor:
+        lengths = torch.tensor([70, 100, 0, 33], dtype=torch.int32, device=DEVICE)
+        table = torch.arange(28, dtype=torch.int32, device=DEVICE).view(4, 7)
+        table[:2, 0] = 0
+        k_pages, v_pages = (torch.randn(28, 16, 2, 40, device=DEVICE).to(dtype) for _ in range(2))
+        if prefill:
+            bounds = torch.tensor([0, 5, 70, 70, 71], dtype=torch.int32, device=DEVICE)
+            q = torch.randn(71, 6, 40, device=DEVICE).to(dtype)
+            return paged_prefill_attention(q, k_pages, v_pages, table, bounds, lengths)
+        offsets = torch.tensor([0, 2, 4], dtype=torch.int32, device=DEVICE)
+        groups = PrefixGroups(offsets, torch.tensor([16, 0], dtype=torch.int32, device=DEVICE)) if grouped else None
+        q = torch.randn(4, 6, 40, device=DEVICE).to(dtype)
+        return paged_decode_attention(q, k_pages, v_pages, table, lengths, prefix_groups=groups)
+
+    return call
+
+
 def calls() -> dict[str, Call]:
     """By name."""
     paths = ("library", "fused") if DEVICE == "cuda" else ("auto",)
     dtypes = (torch.bfloat16, torch.float32)
     found = {f"head, {path}, {dtype}": head(path, dtype) for path in paths for dtype in dtypes}
     found |= {f"head with entropy, {path}": head_with_entropy(path) for path in paths}
-    return found | {f"loss, {objective}": loss(objective) for objective in ("faithful", "clipped", "cispo", "gspo")}
+    found |= {f"loss, {objective}": loss(objective) for objective in ("faithful", "clipped", "cispo", "gspo")}
+    for dtype in dtypes:
+        found |= {f"paged {what}, {dtype}": paged(dtype, prefill=what == "prefill") for what in ("decode", "prefill")}
+        found[f"paged decode with groups, {dtype}"] = paged(dtype, prefill=False, grouped=True)
+    return found
 
 
 def main() -> None:
