@@ -16,6 +16,8 @@ from aot.compile import Compiled, compile_kernel
 from coars_kernels.credit_policy_loss import triton_credit
 from coars_kernels.credit_policy_loss.reference import OBJECTIVES
 from coars_kernels.linear_logprob import triton_fused, triton_rows
+from coars_kernels.paged_decode_attention import triton_paged
+from coars_kernels.paged_prefill_attention import triton_prefill
 
 
 @dataclass(frozen=True)
@@ -228,6 +230,75 @@ def credit_policy_loss() -> list[ShippedKernel]:
     ]
 
 
+def paged_attention() -> list[ShippedKernel]:
+    """Decode and prefill over pages of a multiple of 64 tokens, by dtype, head size, and query heads of a kv head (up
+    to a power of two; the decode kernels take up to 16 of them)."""
+    kernels = []
+    for dtype, head_size, groups in (
+        ("bf16", 128, (2, 4, 8)),  # Qwen3 below 8B; Qwen3-8B and Llama 3; Qwen2.5-7B
+        ("bf16", 64, (8,)),
+        ("bf16", 256, (2,)),
+        ("fp16", 128, (8,)),
+        ("fp32", 128, (8,)),
+    ):
+        for capability in (80, 90):
+            kernels += _paged(dtype, head_size, groups, capability)
+    return kernels
+
+
+def _paged(dtype: str, head_size: int, groups: tuple[int, ...], capability: int) -> list[ShippedKernel]:
+    name, size = f"{dtype}_{head_size}", 4 if dtype == "fp32" else 2
+    numbers, indices, sums = f"*{dtype}:16", "*i32:16", "*fp32:16"
+    pages = {
+        **dict.fromkeys(("q", "k_pages", "v_pages"), numbers),
+        **dict.fromkeys(("page_table", "lengths"), indices),
+        **dict.fromkeys(("q_row_stride", "q_head_stride", "page_stride", "slot_stride", "kv_head_stride"), "i32:16"),
+        **dict.fromkeys(("table_stride", "page_size", "kv_heads", "head_group"), "i32"),
+        "scale_log2": "fp32",
+        "ONE_PAGE": True,
+    }
+    merged = {"out": sums, "lse": sums, "all_splits": "i32"}
+    alone = {"out": numbers, "lse": None, "all_splits": "i32", "row_prefix": None, "first_split": "i32"}
+    prefix = {**merged, **dict.fromkeys(("row_prefix", "row_offsets", "prefix_length"), indices), "num_groups": "i32"}
+    prefill = {"out": numbers, "cu_q": indices, "num_sequences": "i32"}
+
+    def kernel(suffix: str, function: Any, tiles: Any, own: Mapping[str, Any], tensor_cores: bool) -> ShippedKernel:
+        tile = tiles[capability, size, 128 if head_size <= 128 else 256]
+        fixed = {
+            "HEAD_SIZE": head_size,
+            "BLOCK_ROWS": tile.block_rows,
+            "BLOCK_KEYS": tile.block_keys,
+            "BLOCK_HEAD": triton_paged.block_head(head_size),
+        }
+        arguments = {**pages, **fixed, **own}
+        options = (tile.num_warps, tile.num_stages, (capability,), tensor_cores and size == 2)
+        return ShippedKernel(f"paged_{suffix}_{name}", function, arguments, *options)
+
+    decode_tiles, decode = triton_paged.DECODE_TILES, triton_paged.decode_kernel
+    kernels = [
+        # 16 rows are too few for wgmma: they take the smaller instruction everywhere
+        kernel("decode", decode, decode_tiles, alone, False),
+        kernel("decode_split", decode, decode_tiles, alone | merged, False),
+        kernel("decode_rest", decode, decode_tiles, alone | merged | {"row_prefix": indices}, False),
+    ]
+    for group in groups:
+        own = {"BLOCK_GROUP": group}
+        tiles = triton_paged.PREFIX_TILES, triton_prefill.PREFILL_TILES
+        kernels.append(kernel(f"prefix{group}", triton_paged.prefix_kernel, tiles[0], prefix | own, True))
+        kernels.append(kernel(f"prefill{group}", triton_prefill.prefill_kernel, tiles[1], prefill | own, True))
+    merge = {
+        "out": numbers,
+        "partial": sums,
+        "lse": sums,
+        "all_splits": "i32",
+        "HEAD_SIZE": head_size,
+        "BLOCK_HEAD": triton_paged.block_head(head_size),
+        "BLOCK_SPLITS": triton_paged.MERGE_SPLITS,
+    }
+    function, warps = triton_paged.merge_kernel, triton_paged.MERGE_WARPS
+    return [*kernels, ShippedKernel(f"paged_merge_{name}", function, merge, warps, capabilities=(capability,))]
+
+
 def shipped() -> list[ShippedKernel]:
     """Every kernel that is compiled ahead of time."""
-    return [*head_rows(), *head_fused(), *credit_policy_loss()]
+    return [*head_rows(), *head_fused(), *credit_policy_loss(), *paged_attention()]

@@ -17,6 +17,8 @@ from coars_kernels import aot_library
 from coars_kernels.credit_policy_loss.triton_credit import credit_policy_loss_triton
 from coars_kernels.linear_logprob.triton_fused import CONFIGS, fused_masses
 from coars_kernels.linear_logprob.triton_rows import jacobian_rows, row_masses
+from coars_kernels.paged_decode_attention.triton_paged import DECODE_TILES, PREFIX_TILES, paged_decode_triton
+from coars_kernels.paged_prefill_attention.triton_prefill import PREFILL_TILES, paged_prefill_triton
 
 launched: list[str] = []
 
@@ -87,6 +89,19 @@ def launch_credit(objective: str, *, center: bool) -> None:
     )  # fmt: skip
 
 
+def launch_paged(arch: int) -> None:
+    """Decode with and without splits and groups, and prefill, at Qwen2.5-7B's heads and with pages of 256."""
+    tables = (PREFIX_TILES, DECODE_TILES, PREFILL_TILES)
+    prefix, decode, prefill = (tiles[90 if arch >= 90 else 80, 2, 128] for tiles in tables)
+    q = torch.zeros(5, 28, 128, dtype=torch.bfloat16)
+    pages = torch.zeros(2, 2, 256, 4, 128, dtype=torch.bfloat16)
+    lengths, table = torch.ones(5, dtype=torch.int32), torch.zeros(5, 3, dtype=torch.int32)
+    bounds, none = torch.arange(6, dtype=torch.int32), torch.zeros(5, dtype=torch.int32)
+    for splits, groups in (((0, 1), (None, None)), ((0, 4), (None, None)), ((2, 2), (bounds, none))):
+        paged_decode_triton(q, *pages, table, lengths, *groups, 0.1, splits=splits, tiles=(prefix, decode))
+    paged_prefill_triton(q, *pages, table, bounds, lengths, 0.1, tile=prefill)
+
+
 def main() -> None:
     """Launch everything and report."""
     arch = int(sys.argv[1])
@@ -99,6 +114,7 @@ def main() -> None:
     for objective in ("faithful", "clipped", "cispo", "gspo"):
         launch_credit(objective, center=False)
         launch_credit(objective, center=True)
+    launch_paged(arch)
     seconds = time.perf_counter() - start
     print(json.dumps({"launched": launched, "seconds": seconds, **aot_library.counts()}))
 
