@@ -1,5 +1,6 @@
 """The Triton kernels of both paged operations in the interpreter against float64, with tiles that rows outgrow."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -8,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from coars_kernels.paged_decode_attention import triton_paged
 from coars_kernels.paged_decode_attention.reference import paged_decode_attention_reference
 from coars_kernels.paged_decode_attention.triton_paged import Tile, paged_decode_triton, splits_of
 from coars_kernels.paged_prefill_attention.reference import paged_prefill_attention_reference
 from coars_kernels.paged_prefill_attention.triton_prefill import paged_prefill_triton
+from tests.kernels.credit_cases import poisoned_memory
 from tests.kernels.paged_cases import Paged, assert_accurate, make_paged
 
 PAGE, KEYS = 32, 16
@@ -22,15 +23,9 @@ TILE = Tile(16, KEYS, 4, 3)
 
 
 @pytest.fixture(autouse=True)
-def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New tensors are full of NaN, or of a page that does not exist: what a kernel does not write shows up."""
-    empty = torch.empty
-
-    def poisoned(*shape: Any, **options: Any) -> Tensor:
-        made = empty(*shape, **options)
-        return made.fill_(torch.nan if made.is_floating_point() else 2**20)
-
-    monkeypatch.setattr(triton_paged.torch, "empty", poisoned)
+def _poisoned() -> Iterator[None]:
+    with poisoned_memory():
+        yield
 
 
 def decode(case: Paged, *, splits: tuple[int, int], tile: Tile = TILE) -> Tensor:
