@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aot.compile import Compiled, compile_kernel
+from coars_kernels.branch_attention import triton_branch
 from coars_kernels.credit_policy_loss import triton_credit
 from coars_kernels.credit_policy_loss.reference import OBJECTIVES
 from coars_kernels.linear_logprob import triton_fused, triton_rows
@@ -299,6 +300,38 @@ def _paged(dtype: str, head_size: int, groups: tuple[int, ...], capability: int)
     return [*kernels, ShippedKernel(f"paged_merge_{name}", function, merge, warps, capabilities=(capability,))]
 
 
+def branch_attention() -> list[ShippedKernel]:
+    """Branches of a packed trunk, by dtype, head size, and query heads of a kv head (up to a power of two)."""
+    strides = ("q_row_stride", "q_head_stride", "row_stride", "head_stride", "trunk_row_stride", "trunk_head_stride")
+    kernels = []
+    for dtype, head_size, group in (
+        *(("bf16", 128, group) for group in (2, 4, 8)),
+        ("bf16", 64, 8),
+        ("bf16", 256, 2),
+        ("fp16", 128, 8),
+        ("fp32", 128, 8),
+    ):
+        size = 4 if dtype == "fp32" else 2
+        for capability in (80, 90):
+            tile = triton_branch.BRANCH_TILES[capability, size, 128 if head_size <= 128 else 256]
+            arguments = {
+                **dict.fromkeys(("out", "q", "k", "v", "trunk_k", "trunk_v"), f"*{dtype}:16"),
+                **dict.fromkeys(("cu_branch", "trunk_start", "trunk_len"), "*i32:16"),
+                **dict.fromkeys(strides, "i32:16"),
+                **dict.fromkeys(("num_branches", "kv_heads", "head_group"), "i32"),
+                "scale_log2": "fp32",
+                "HEAD_SIZE": head_size,
+                "BLOCK_ROWS": tile.block_rows,
+                "BLOCK_KEYS": tile.block_keys,
+                "BLOCK_HEAD": triton_paged.block_head(head_size),
+                "BLOCK_GROUP": group,
+            }
+            name, kernel = f"branch{group}_{dtype}_{head_size}", triton_branch.branch_kernel
+            options = (tile.num_warps, tile.num_stages, (capability,), size == 2)
+            kernels.append(ShippedKernel(name, kernel, arguments, *options))
+    return kernels
+
+
 def shipped() -> list[ShippedKernel]:
     """Every kernel that is compiled ahead of time."""
-    return [*head_rows(), *head_fused(), *credit_policy_loss(), *paged_attention()]
+    return [*head_rows(), *head_fused(), *credit_policy_loss(), *paged_attention(), *branch_attention()]

@@ -6,6 +6,7 @@ CUDA tensor first needs it; on a CPU only torch is needed.
 """
 
 from coars_kernels.agent_lora import agent_lora
+from coars_kernels.branch_attention import branch_attention
 from coars_kernels.checks import checked_values
 from coars_kernels.credit_policy_loss import CreditOptions, credit_policy_loss
 from coars_kernels.fused_credit_loss import FusedCreditLoss, fused_credit_loss
@@ -23,6 +24,7 @@ __all__ = [
     "PrefixGroups",
     "__version__",
     "agent_lora",
+    "branch_attention",
     "checked_values",
     "credit_policy_loss",
     "fused_credit_loss",

@@ -176,6 +176,15 @@ def _paged(on_gpu: str) -> tuple[str, str]:
     return "Triton", f"{on_gpu}; keys stay in their pages"
 
 
+def _branches() -> tuple[str, str]:
+    by_branch = "a call of scaled_dot_product_attention per branch"
+    if not torch.cuda.is_available():
+        return "plain torch", f"{_no_cuda()}; {by_branch}"
+    if not has_triton(torch.empty(1, device="cuda")):
+        return "plain torch", f"Triton is not installed; {by_branch}"
+    return "Triton", "one launch; the trunk's keys stay where they are; float64 takes plain torch"
+
+
 def _everywhere_torch(reason: str) -> tuple[str, str]:
     return "plain torch", reason
 
@@ -192,6 +201,7 @@ OPERATIONS: dict[str, Callable[[], tuple[str, str]]] = {
     "sample_with_logprob": lambda: _everywhere_torch("on every device: noise by counter and an argmax, no kernel yet"),
     "paged_decode_attention": lambda: _paged("one to three launches, with splits merged by log-sum-exp"),
     "paged_prefill_attention": lambda: _paged("one launch"),
+    "branch_attention": _branches,
     "agent_lora": lambda: _everywhere_torch("on every device: two dense products of the library, five launches"),
 }
 

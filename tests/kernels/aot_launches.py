@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from coars_kernels import aot_library
+from coars_kernels.branch_attention.triton_branch import BRANCH_TILES, branch_attention_triton
 from coars_kernels.credit_policy_loss.triton_credit import credit_policy_loss_triton
 from coars_kernels.linear_logprob.triton_fused import CONFIGS, fused_masses
 from coars_kernels.linear_logprob.triton_rows import jacobian_rows, row_masses
@@ -102,6 +103,15 @@ def launch_paged(arch: int) -> None:
     paged_prefill_triton(q, *pages, table, bounds, lengths, 0.1, tile=prefill)
 
 
+def launch_branch(arch: int) -> None:
+    """A teacher's branches at Qwen2.5-7B's heads."""
+    q = torch.zeros(6, 28, 128, dtype=torch.bfloat16)
+    own, trunk = torch.zeros(2, 6, 4, 128, dtype=q.dtype), torch.zeros(2, 40, 4, 128, dtype=q.dtype)
+    bounds, starts, lengths = (torch.tensor(values).int() for values in ([0, 2, 6], [0, 20], [9, 12]))
+    tile = BRANCH_TILES[90 if arch >= 90 else 80, 2, 128]
+    branch_attention_triton(q, *own, *trunk, bounds, starts, lengths, 0.1, tile=tile)
+
+
 def main() -> None:
     """Launch everything and report."""
     arch = int(sys.argv[1])
@@ -115,6 +125,7 @@ def main() -> None:
         launch_credit(objective, center=False)
         launch_credit(objective, center=True)
     launch_paged(arch)
+    launch_branch(arch)
     seconds = time.perf_counter() - start
     print(json.dumps({"launched": launched, "seconds": seconds, **aot_library.counts()}))
 

@@ -29,10 +29,14 @@ def test_every_example_runs() -> None:
         "rollout_logp": torch.full((length - 1,), -3.0), "advantage": torch.randn(length - 1),
         "log": lambda metrics: None, "monitor": lambda value: None, "linear": nn.Linear(8, 4), "x": torch.randn(5, 8),
         "a": torch.randn(2, 2, 8), "b": torch.randn(2, 4, 2), "agent_ids": torch.tensor([0, 1, 1, 0, 1]), "scale": 2.0,
-        "logits": torch.randn(3, vocab), "sequence_id": torch.arange(3), "position": torch.arange(3),
+        "q": torch.randn(5, 4, 8), "k": torch.randn(5, 2, 8), "v": torch.randn(5, 2, 8),
+        "trunk_k": torch.randn(9, 2, 8), "trunk_v": torch.randn(9, 2, 8),
+        "cu_branch": torch.tensor([0, 3, 5]).int(), "trunk_start": torch.tensor([0, 4]).int(),
+        "trunk_len": torch.tensor([3, 5]).int(), "logits": torch.randn(3, vocab), "sequence_id": torch.arange(3),
+        "position": torch.arange(3),
     }  # fmt: skip
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     setup, *examples = blocks
     for block in examples:
         body.weight.grad = None
