@@ -5,8 +5,8 @@
 A stock Qwen3-shaped decoder (3 layers of 96) with its own byte-level BPE tokenizer, trained from random weights on
 lessons from many random synthetic worlds (`game/lessons.py`): reading titles, finding them in lists, the reply formats,
 following a reference, and conversations of a scripted pair with systematic faults. The shipped weights are those of the
-command above with `OMP_NUM_THREADS=1` (29 minutes on a shared core). What it leaves out: anything that a general model
-would know.
+command above with `OMP_NUM_THREADS=1` (45 minutes on a core that other jobs shared). What it leaves out: anything that a
+general model would know.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class PretrainConfig:
     """Go on from a folder that an earlier call left, with the round `first_round`."""
     first_round: int = 1
     """Round to begin with."""
-    num_steps: tuple[int, int] = (3600, 2600)
+    num_steps: tuple[int, int] = (3600, 3400)
     """Optimizer steps of the two rounds."""
     tokens_per_step: int = 2500
     """About this many tokens a step."""

@@ -16,7 +16,7 @@ from coars_fast.data.world import fashion, kind
 from coars_fast.game.prompts import BRIEF, format_judgement, format_recommendation, name_item
 
 POPULAR = "popular"
-POPULAR_RATE = 0.7
+POPULAR_RATE = 0.8
 """How often the recommender follows fashion instead of the user's style."""
 
 # P(click, star, skip, dislike) by how many of (style, genre) fit the user: 0, 1, 2.
