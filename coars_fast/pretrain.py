@@ -5,8 +5,8 @@
 A stock Qwen3-shaped decoder (3 layers of 96) with its own byte-level BPE tokenizer, trained from random weights on
 lessons from many random synthetic worlds (`game/lessons.py`): reading titles, finding them in lists, the reply formats,
 following a reference, and conversations of a scripted pair with systematic faults. The shipped weights are those of the
-command above with `OMP_NUM_THREADS=1` (45 minutes on a core that other jobs shared). What it leaves out: anything that a
-general model would know.
+command above with `OMP_NUM_THREADS=1` (45 minutes on a core that other jobs shared). What it leaves out: anything that
+a general model would know.
 """
 
 from __future__ import annotations
