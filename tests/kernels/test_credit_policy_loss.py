@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from coars_kernels import credit_policy_loss
-from coars_kernels.credit_policy_loss.reference import OBJECTIVES
+from coars_kernels.credit_policy_loss import torch_credit
+from coars_kernels.credit_policy_loss.reference import OBJECTIVES, credit_policy_loss_reference
 from tests.kernels.credit_cases import FP32_TOLERANCE, Case, make_case
 
 
@@ -153,6 +154,28 @@ def test_dual_clip_equals_the_naive_loop(objective: str) -> None:
 def test_any_layout(lengths: list[int], objective: str, center: bool, seed: int) -> None:
     case = make_case(lengths, seed, torch.float64)
     check_against_naive(case, objective=objective, credit_center=center, kl_weight=0.2)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("absent", [(), ("old_logp",), ("turn_weight", "turn_agent")])
+@pytest.mark.parametrize("center", [False, True])
+def test_gradient_is_that_of_autograd_to_the_last_bit(
+    monkeypatch: pytest.MonkeyPatch, objective: str, absent: tuple[str, ...], center: bool
+) -> None:
+    generator = torch.Generator().manual_seed(5)
+    lengths = torch.randint(0, 90, (60,), generator=generator).tolist()
+    case = {n: x for n, x in make_case(lengths, seed=2).items() if n not in (*absent, "reference_logp")}
+    options: dict[str, Any] = {"objective": objective, "credit_center": center}
+    given = case | {"logp": case["logp"].requires_grad_()}
+    expected = credit_policy_loss_reference(**given, **options)
+    (expected_grad,) = torch.autograd.grad(expected[0], case["logp"])
+    for block in (1, 100, 2**16):  # every turn alone, some turns, all
+        monkeypatch.setattr(torch_credit, "BLOCK_TOKENS", block)
+        loss, metrics = credit_policy_loss(**given, **options)
+        assert torch.equal(torch.autograd.grad(loss, case["logp"])[0], expected_grad)
+        found = torch.stack([loss.detach(), *metrics.values()])
+        wanted = torch.stack([expected[0].detach(), *(value.float() for value in expected[1].values())])
+        torch.testing.assert_close(found, wanted, rtol=2e-5, atol=2e-5)
 
 
 def test_worked_example_of_the_faithful_objective() -> None:

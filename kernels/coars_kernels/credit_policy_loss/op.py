@@ -2,10 +2,11 @@
 
 `coars_kernels::credit_policy_loss` computes loss, gradient and metrics together, so a plain `autograd.Function` around
 it has only to scale the gradient. On a GPU it is the Triton kernels of `triton_credit.py`; elsewhere, for float64
-log-probs, and where Triton is not installed it is the reference, differentiated by torch: there is no second formula.
+log-probs, and where Triton is not installed `torch_credit.py`. The tests hold both to the reference and its autograd.
 Left out: a derivative of the gradient.
 """
 
+import math
 from typing import Any, TypedDict
 
 import torch
@@ -24,7 +25,6 @@ from coars_kernels.checks import (
 from coars_kernels.credit_policy_loss.reference import (
     NUM_AGENTS,
     OBJECTIVES,
-    credit_policy_loss_reference,
     metric_names,
 )
 from coars_kernels.dispatch import has_triton
@@ -82,7 +82,7 @@ def _check_turns(
         first, last = int(turn_offsets[0]), int(turn_offsets[-1])
         spans = first == 0 and last == num_tokens
         require(spans, "turn_offsets", f"must run from 0 to R = {num_tokens}, got {first}..{last}")
-        require(bool((turn_offsets.diff() >= 0).all()), "turn_offsets", "must not descend")
+        require(num_turns == 0 or int(turn_offsets.diff().amin()) >= 0, "turn_offsets", "must not descend")
     if turn_weight is not None:
         _check_finite(turn_weight, "turn_weight", None)
     _check_finite(turn_reward, "turn_reward", turn_weight)
@@ -90,8 +90,8 @@ def _check_turns(
 
 def _check_finite(values_M: Tensor, argument: str, turn_weight: Tensor | None) -> None:
     """Raise if a value of a turn with weight is NaN or infinite; looks at values where that is cheap."""
-    if not values_are_visible(values_M):
-        return
+    if not values_are_visible(values_M) or math.isfinite(values_M.detach().sum()):
+        return  # a sum is finite only if every value is
     unfit_M = ~values_M.isfinite()
     if turn_weight is not None:
         unfit_M &= turn_weight != 0
@@ -150,20 +150,14 @@ def _loss_and_gradient(
             importance_cap, kl_weight,
         )  # fmt: skip
 
-    # Inside an operator the dispatcher leaves autograd out; this is the public way to bring it back.
-    with torch.inference_mode(False):
-        logp_R = logp.detach().to(_compute_dtype(logp), copy=True).requires_grad_()
-        loss, metrics = credit_policy_loss_reference(
-            logp_R, teacher_logp, behaviour_logp, turn_reward, turn_offsets,
-            turn_weight=turn_weight, turn_agent=turn_agent,
-            credit_weight=credit_weight, credit_clip=credit_clip, credit_center=credit_center,
-            objective=objective, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip,
-            old_logp=old_logp, importance_cap=importance_cap,
-            reference_logp=reference_logp, kl_weight=kl_weight,
-        )  # fmt: skip
-        (grad_R,) = torch.autograd.grad(loss, logp_R)
-        stacked = torch.stack([metrics[name].to(loss.dtype) for name in metric_names(turn_agent)])
-    return loss.detach(), grad_R, stacked
+    from coars_kernels.credit_policy_loss.torch_credit import credit_policy_loss_torch
+
+    return credit_policy_loss_torch(
+        logp, teacher_logp, behaviour_logp, turn_reward, turn_offsets,
+        turn_weight, turn_agent, old_logp, reference_logp,
+        credit_weight, credit_clip, credit_center, objective, clip_low, clip_high, dual_clip,
+        importance_cap, kl_weight,
+    )  # fmt: skip
 
 
 @_loss_and_gradient.register_fake
