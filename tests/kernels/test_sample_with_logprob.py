@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from coars_kernels import sample_with_logprob
-from coars_kernels.sample_with_logprob.reference import mix_, mix_int, uniform_noise
+from coars_kernels.sample_with_logprob import torch_sample
+from coars_kernels.sample_with_logprob.reference import (
+    mix_,
+    mix_int,
+    sample_with_logprob_reference,
+    uniform_noise,
+)
 
 
 def chi_square_z(counts: Tensor, expected: Tensor) -> float:
@@ -88,6 +94,25 @@ def test_a_token_does_not_depend_on_its_batch() -> None:
         assert alone == token[one]
     other, _ = sample_with_logprob(logits, seed=-8, sequence_id=ids, position=position)
     assert not torch.equal(other, token)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 1), (1, 300), (3, 128), (7, 129), (64, 1000), (5, 5000)])
+@pytest.mark.parametrize("block", [1, 2**12, 2**17])
+def test_is_the_reference_bit_for_bit(
+    monkeypatch: pytest.MonkeyPatch, rows: int, vocab: int, temperature: float, block: int
+) -> None:
+    monkeypatch.setattr(torch_sample, "BLOCK_ELEMENTS", block)
+    generator = torch.Generator().manual_seed(vocab)
+    logits = 3 * torch.randn(rows, vocab, generator=generator)
+    logits[:, 1::3] = -torch.inf
+    seed, *_ = torch.randint(-(2**62), 2**62, (1,), generator=generator).tolist()
+    places = [torch.randint(-(2**62), 2**62, (rows,), generator=generator) for _ in range(2)]
+    for dtype in (torch.float32, torch.bfloat16):
+        given: dict[str, Any] = {"seed": seed, "sequence_id": places[0], "position": places[1]}
+        found = sample_with_logprob(logits.to(dtype), **given, temperature=temperature)
+        expected = sample_with_logprob_reference(logits.to(dtype), **given, temperature=temperature)
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

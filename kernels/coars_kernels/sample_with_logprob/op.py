@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from coars_kernels.checks import INDEX_DTYPES, MATRIX_DTYPES, require, require_device, require_dtype, require_shape
-from coars_kernels.sample_with_logprob.reference import sample_with_logprob_reference
+from coars_kernels.sample_with_logprob.torch_sample import sample_with_logprob_torch
 
 
 @torch.no_grad()
@@ -38,6 +38,6 @@ def sample_with_logprob(
         require_dtype(tensor, argument, INDEX_DTYPES)
         require_device(tensor, argument, logits, "logits")
     require(0.0 <= temperature < float("inf"), "temperature", f"must be finite and at least 0, got {temperature}")
-    return sample_with_logprob_reference(
+    return sample_with_logprob_torch(
         logits, seed=seed, sequence_id=sequence_id.long(), position=position.long(), temperature=float(temperature)
     )
