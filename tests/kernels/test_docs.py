@@ -33,10 +33,14 @@ def test_every_example_runs() -> None:
         "trunk_k": torch.randn(9, 2, 8), "trunk_v": torch.randn(9, 2, 8),
         "cu_branch": torch.tensor([0, 3, 5]).int(), "trunk_start": torch.tensor([0, 4]).int(),
         "trunk_len": torch.tensor([3, 5]).int(), "logits": torch.randn(3, vocab), "sequence_id": torch.arange(3),
-        "position": torch.arange(3),
+        "position": torch.arange(3), "new_q": torch.randn(7, 4, 8),
+        "k_pages": torch.randn(9, 2, 2, 8), "v_pages": torch.randn(9, 2, 2, 8),
+        "page_table": torch.tensor([[4, 1, -1], [4, 2, 8], [4, 3, 0], [6, -1, -1], [5, -1, -1]]).int(),
+        "cu_q": torch.tensor([0, 1, 4, 5, 7, 7]).int(), "lengths": torch.tensor([3, 6, 5, 2, 1]).int(),
+        "row_offsets": torch.tensor([0, 3, 5]).int(), "prefix_length": torch.tensor([2, 0]).int(),
     }  # fmt: skip
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 8
+    assert len(blocks) == 10
     setup, *examples = blocks
     for block in examples:
         body.weight.grad = None

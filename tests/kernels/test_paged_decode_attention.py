@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coars_kernels import PrefixGroups, paged_decode_attention, paged_prefill_attention
+from coars_kernels.paged_decode_attention import reference
 from coars_kernels.paged_decode_attention.op import _attend
 from coars_kernels.paged_decode_attention.reference import paged_decode_attention_reference
 from tests.kernels.paged_cases import Paged, assert_accurate, expected, make_paged
@@ -44,12 +45,16 @@ def test_equals_float64(dtype: torch.dtype, heads: tuple[int, int], head_size: i
     head_size=st.sampled_from([1, 3, 24]),
     spare_columns=st.integers(0, 3),
     scale=st.sampled_from([None, 0.3]),
+    block=st.sampled_from([1, 500, 2**18]),
     seed=st.integers(0, 1000),
 )
-def test_any_layout(lengths: list[int], page_size: int, **options: Any) -> None:
-    case = make_paged(lengths, page_size=page_size, **options)
-    found = run(case)
-    torch.testing.assert_close(found.double(), expected(case), rtol=0, atol=2e-5)
+def test_any_layout(lengths: list[int], block: int, **options: Any) -> None:
+    case = make_paged(lengths, **options)
+    whole, reference.BLOCK_NUMBERS = reference.BLOCK_NUMBERS, block
+    try:
+        torch.testing.assert_close(run(case).double(), expected(case), rtol=0, atol=2e-5)
+    finally:
+        reference.BLOCK_NUMBERS = whole
 
 
 @pytest.mark.parametrize("rows", range(1, 9))

@@ -43,11 +43,11 @@ def test_equals_float64(dtype: torch.dtype, heads: tuple[int, int], head_size: i
 )
 def test_any_layout(rows: list[tuple[int, int]], block: int, **options: Any) -> None:
     case = make_paged([before + new for before, new in rows], new=[new for _, new in rows], **options)
-    whole, reference.BLOCK_SCORES = reference.BLOCK_SCORES, block
+    whole, reference.BLOCK_NUMBERS = reference.BLOCK_NUMBERS, block
     try:
         torch.testing.assert_close(run(case).double(), expected(case), rtol=0, atol=2e-5)
     finally:
-        reference.BLOCK_SCORES = whole
+        reference.BLOCK_NUMBERS = whole
 
 
 def test_a_prompt_in_pieces_is_the_whole_prompt() -> None:

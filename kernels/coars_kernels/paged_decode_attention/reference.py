@@ -1,7 +1,8 @@
 """What `paged_decode_attention` means: gather each row's keys and values from its pages, then ordinary attention.
 
 This is also the way of a CPU, and of a GPU without Triton. Query heads that share a kv head stand in the query length,
-so that keys are never repeated, and one call of `scaled_dot_product_attention` serves all rows.
+so that keys are never repeated. Rows go in blocks whose gathered keys stay in the processor's cache: fresh memory for
+all of them costs more than the arithmetic.
 
 Shape suffixes: B rows, W columns of the page table, L keys, P pages, Hq/Hkv heads of queries and of keys, D head size.
 """
@@ -9,6 +10,9 @@ Shape suffixes: B rows, W columns of the page table, L keys, P pages, Hq/Hkv hea
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+BLOCK_NUMBERS = 2**18
+"""Gathered keys of a block, in numbers; a row with more is a block of its own."""
 
 
 def longest(lengths_B: Tensor, page_table_BW: Tensor, page_size: int) -> int:
@@ -53,15 +57,28 @@ def paged_decode_attention_reference(
     scale: float | None = None,
 ) -> Tensor:
     """[B, Hq, D] in q's dtype; the signature of `paged_decode_attention`. Groups do not change what is computed."""
-    (num_rows, num_heads, head_size), (_, page_size, kv_heads, _) = q.shape, k_pages.shape
-    num_keys = longest(lengths, page_table, page_size)
-    if num_keys == 0 or num_rows == 0:
-        return q.new_zeros(q.shape)
-    slots_BL = key_slots(page_table, lengths, page_size, num_keys)
-    mask_BL = torch.arange(num_keys, device=q.device) < lengths[:, None]
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    most_keys = longest(lengths, page_table, k_pages.shape[1])
+    step = max(1, BLOCK_NUMBERS // max(1, most_keys * k_pages.shape[2] * k_pages.shape[3]))
+    for first in range(0, len(q), step):
+        rows = slice(first, first + step)
+        out[rows] = _block(q[rows], k_pages, v_pages, page_table[rows], lengths[rows], scale)
+    return out
+
+
+def _block(
+    q_BHD: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths_B: Tensor, scale: float | None
+) -> Tensor:
+    """Some rows, by one call of `scaled_dot_product_attention`."""
+    (num_rows, num_heads, head_size), (_, page_size, kv_heads, _) = q_BHD.shape, k_pages.shape
+    num_keys = longest(lengths_B, page_table, page_size)
+    if num_keys == 0:
+        return torch.zeros_like(q_BHD)
+    slots_BL = key_slots(page_table, lengths_B, page_size, num_keys)
+    mask_BL = torch.arange(num_keys, device=q_BHD.device) < lengths_B[:, None]
     folded = (num_rows, kv_heads, num_heads // kv_heads)
     out = F.scaled_dot_product_attention(
-        q.reshape(*folded, head_size), gather(k_pages, slots_BL), gather(v_pages, slots_BL),
+        q_BHD.reshape(*folded, head_size), gather(k_pages, slots_BL), gather(v_pages, slots_BL),
         attn_mask=mask_BL[:, None, None].expand(num_rows, 1, folded[2], num_keys), scale=scale,
     )  # fmt: skip
-    return torch.where(lengths[:, None, None] > 0, out.reshape(q.shape), 0.0)
+    return torch.where(lengths_B[:, None, None] > 0, out.reshape(q_BHD.shape), 0.0)

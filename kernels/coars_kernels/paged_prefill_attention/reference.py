@@ -1,8 +1,8 @@
 """What `paged_prefill_attention` means: each sequence's keys out of its pages, and a causal mask that ends at the end.
 
 This is also the way of a CPU, and of a GPU without Triton. Neighbouring sequences are padded to one length and share a
-call of `scaled_dot_product_attention`, as many as keep the padding small in memory: short extends of many sequences are
-one call, long prompts a call each.
+call of `scaled_dot_product_attention`, as many as fit a block: short extends of many sequences are few calls, long
+prompts a call each.
 
 Shape suffixes: N packed tokens, B sequences, Q new tokens of the longest sequence of a block, L keys, Hq/Hkv heads of
 queries and of keys, D head size.
@@ -14,20 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coars_kernels.paged_decode_attention.reference import gather, key_slots
-
-BLOCK_SCORES = 2**18
-"""Padded scores of one head in one call, above which a block takes no further sequence."""
+from coars_kernels.paged_decode_attention.reference import BLOCK_NUMBERS, gather, key_slots
 
 
-def _blocks(num_new: list[int], lengths: list[int]) -> Iterator[tuple[int, int]]:
-    """Ranges of sequences that share a call."""
-    first, widest, longest = 0, 0, 0
+def _blocks(num_new: list[int], lengths: list[int], numbers_per_key: int) -> Iterator[tuple[int, int]]:
+    """Ranges of sequences that share a call: neither their gathered keys nor the scores of a head are too many."""
+    first, widest, longest = 0, numbers_per_key, 0
     for index, (new, length) in enumerate(zip(num_new, lengths, strict=True)):
         widest, longest = max(widest, new), max(longest, length)
-        if index > first and (index + 1 - first) * widest * longest > BLOCK_SCORES:
+        if index > first and (index + 1 - first) * widest * longest > BLOCK_NUMBERS:
             yield first, index
-            first, widest, longest = index, new, length
+            first, widest, longest = index, max(numbers_per_key, new), length
     if num_new:
         yield first, len(num_new)
 
@@ -45,7 +42,7 @@ def paged_prefill_attention_reference(
     """[N, Hq, D] in q's dtype; the signature of `paged_prefill_attention`. Reads `cu_q` and `lengths` on the host."""
     out = q.new_zeros(q.shape)
     bounds, new_B = cu_q.tolist(), cu_q.diff()
-    for first, last in _blocks(new_B.tolist(), lengths.tolist()):
+    for first, last in _blocks(new_B.tolist(), lengths.tolist(), k_pages.shape[2] * k_pages.shape[3]):
         block, tokens = slice(first, last), slice(bounds[first], bounds[last])
         if tokens.stop > tokens.start:
             out[tokens] = _block(
