@@ -25,9 +25,11 @@ def test_opcheck(dtype: torch.dtype, everything: bool) -> None:
     states, weight, target, teacher = (t.detach().to(dtype) if t.is_floating_point() else t for t in inputs())
     bias, temperature = torch.randn(V), torch.rand(R) + 0.5
     options = (teacher, weight, bias, target, temperature) if everything else (None, weight, None, target, None)
-    torch.library.opcheck(head_sweep, (states, *options, 0.7, 2, not everything, everything, "auto"))
-    grad = torch.randn(R)
-    torch.library.opcheck(head_gradients, (grad, states, *options[1:], 0.7, 2, True, everything, everything))
+    torch.library.opcheck(head_sweep, (states, *options, 0.7, 2, not everything, everything, False, "auto"))
+    torch.library.opcheck(head_sweep, (states, *options, 0.7, 0, False, everything, True, "auto"))
+    given = (torch.randn(R), states, *options[1:], 0.7, 2, True, everything, everything)
+    torch.library.opcheck(head_gradients, (*given, None, None))
+    torch.library.opcheck(head_gradients, (*given, torch.rand(R, V), torch.rand(R)))
     torch.library.opcheck(refuse_entropy_gradient, (torch.zeros(R), states))
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from coars_kernels import linear_logprob
+from coars_kernels.linear_logprob import sweep
 from coars_kernels.linear_logprob.reference import linear_logprob_reference
 from coars_kernels.linear_logprob.sweep import default_chunk_rows, recompute_gradients, sweep_head
 
@@ -83,14 +84,15 @@ def test_fp32_is_as_exact_as_eager_fp32(chunk_rows: int | None, trainable: bool)
         assert w.grad is None
 
 
+@pytest.mark.parametrize("chunk_rows", [24, None])
 @pytest.mark.parametrize("trainable", [False, True])
-def test_bf16_against_float64_of_the_same_inputs(trainable: bool) -> None:
+def test_bf16_against_float64_of_the_same_inputs(chunk_rows: int | None, trainable: bool) -> None:
     states, weight, target = head_case(64, 9001, 64, torch.bfloat16)
     ones = torch.ones(64)
     expected, expected_h, expected_w = float64_gradients(states, weight, target, ones)
     assert (expected.exp() > 0.9).any() and (expected < -80).any()
     h, w = states.requires_grad_(), weight.requires_grad_(trainable)
-    logp = linear_logprob(h, w, target, chunk_rows=24)
+    logp = linear_logprob(h, w, target, chunk_rows=chunk_rows)
     logp.sum().backward()
     assert logp.dtype == torch.float32 and h.grad is not None and h.grad.dtype == torch.bfloat16
     assert ((logp.detach() - expected).abs() <= 5e-6 * expected.abs().clamp(min=1)).all()
@@ -119,8 +121,9 @@ def test_near_certain_tokens_keep_the_digits_of_their_gradient() -> None:
     assert relative(h.grad, expected) < 1e-5
 
 
+@pytest.mark.parametrize("chunk_rows", [8, None])
 @pytest.mark.parametrize("trainable", [False, True])
-def test_bias_and_temperatures(trainable: bool) -> None:
+def test_bias_and_temperatures(chunk_rows: int | None, trainable: bool) -> None:
     states, weight, target = head_case(30, 97, 24)
     bias, temperature, upstream = torch.randn(97), torch.rand(30) + 0.5, torch.randn(30)
     for value in (0.7, temperature):
@@ -129,7 +132,7 @@ def test_bias_and_temperatures(trainable: bool) -> None:
         assert isinstance(expected, Tensor)
         (expected * upstream).sum().backward()
         h, b = states.clone().requires_grad_(), bias.clone().requires_grad_(trainable)
-        logp = linear_logprob(h, weight, target, bias=b, temperature=value, chunk_rows=8)
+        logp = linear_logprob(h, weight, target, bias=b, temperature=value, chunk_rows=chunk_rows)
         (logp * upstream).sum().backward()
         torch.testing.assert_close(logp.double(), expected, rtol=1e-5, atol=1e-5)
         assert h64.grad is not None and b64.grad is not None
@@ -192,6 +195,24 @@ def test_rows_do_not_see_each_other_and_repeats_are_identical() -> None:
     other.sum().backward()
     assert h.grad is not None and p.grad is not None
     assert torch.equal(other[1::2], logp[1::2]) and torch.equal(p.grad[1::2], h.grad[1::2])
+
+
+def test_a_trainable_head_keeps_what_fits_a_buffer_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    states, weight, target = head_case(20, 300, 16)
+    found = []
+    for limit in (4 * 20 * 300, 4 * 20 * 300 - 1):
+        monkeypatch.setattr(sweep, "CPU_BUFFER_BYTES", limit)
+        h, w = states.clone().requires_grad_(), weight.clone().requires_grad_()
+        logp = linear_logprob(h, w, target)
+        saved = logp.grad_fn.saved_tensors  # type: ignore[union-attr]
+        assert any(x is not None and x.shape == (20, 300) for x in saved) == (limit == 4 * 20 * 300)
+        loss = logp.square().sum()
+        first = torch.autograd.grad(loss, (h, w), retain_graph=True)
+        again = torch.autograd.grad(loss, (h, w))
+        assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+        found.append(first)
+    for kept, recomputed in zip(*found, strict=True):
+        torch.testing.assert_close(kept, recomputed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from coars_kernels.linear_logprob.sweep import choose_chunk_rows, choose_path, recompute_gradients, sweep_head
+from coars_kernels.linear_logprob.sweep import (
+    choose_chunk_rows,
+    choose_path,
+    keeps_masses,
+    recompute_gradients,
+    sweep_head,
+)
 
 
 @torch.library.custom_op("coars_kernels::head_sweep", mutates_args=())
@@ -29,22 +35,21 @@ def head_sweep(
     chunk_rows: int,
     want_jacobian: bool,
     want_entropy: bool,
+    keep_masses: bool,
     path: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logp [R], teacher_logp [R], jacobian [R, H], entropy [R]), all fp32; `temperature` [R] wins over the scalar."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logp [R], teacher_logp [R], jacobian [R, H], entropy [R], masses [R, V] and other tokens' probability [R]), all
+    fp32; `temperature` [R] wins over the scalar."""
     sweep = sweep_head(
         hidden.contiguous(), None if teacher is None else teacher.contiguous(), weight, bias, target.contiguous(),
         scalar_temperature if temperature is None else temperature.float().contiguous(),
         chunk_rows or choose_chunk_rows(weight),
         want_jacobian=want_jacobian, want_entropy=want_entropy, fused=choose_path(weight, path) == "fused",
+        keep_masses=keep_masses,
     )  # fmt: skip
-    empty = [hidden.new_empty(0, dtype=torch.float32) for _ in range(3)]
-    return (
-        sweep.logp_R,
-        empty[0] if sweep.teacher_logp_R is None else sweep.teacher_logp_R,
-        empty[1] if sweep.jacobian_RH is None else sweep.jacobian_RH,
-        empty[2] if sweep.entropy_R is None else sweep.entropy_R,
-    )
+    made = (sweep.teacher_logp_R, sweep.jacobian_RH, sweep.entropy_R, sweep.mass_RV, sweep.others_R)
+    rest = [hidden.new_empty(0, dtype=torch.float32) if one is None else one for one in made]
+    return sweep.logp_R, rest[0], rest[1], rest[2], rest[3], rest[4]
 
 
 @head_sweep.register_fake
@@ -59,16 +64,18 @@ def _(
     chunk_rows,
     want_jacobian,
     want_entropy,
+    keep_masses,
     path,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    del weight, bias, target, temperature, scalar_temperature, chunk_rows, path
-    rows, size = hidden.shape
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    del bias, target, temperature, scalar_temperature, chunk_rows, path
+    rows = hidden.shape[0]
 
     def made(wanted: bool, *shape: int) -> Tensor:
         return hidden.new_empty(*shape if wanted else (0,), dtype=torch.float32)
 
     jacobian = torch.empty_like(hidden, dtype=torch.float32) if want_jacobian else made(False)
-    return made(True, rows), made(teacher is not None, rows), jacobian, made(want_entropy, rows)
+    masses = made(keep_masses, rows, weight.shape[0]), made(keep_masses, rows)
+    return made(True, rows), made(teacher is not None, rows), jacobian, made(want_entropy, rows), *masses
 
 
 @torch.library.custom_op("coars_kernels::head_gradients", mutates_args=())
@@ -84,13 +91,16 @@ def head_gradients(
     want_hidden: bool,
     want_weight: bool,
     want_bias: bool,
+    masses: Tensor | None,
+    others: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden [R, H], weight [V, H] and bias [V], in their dtypes, for a trainable head."""
+    """Gradients of hidden [R, H], weight [V, H] and bias [V], in their dtypes, for a trainable head; with the masses
+    that `head_sweep` kept, if it did."""
     made = recompute_gradients(
         grad, hidden.contiguous(), weight, bias, target.contiguous(),
         scalar_temperature if temperature is None else temperature.float().contiguous(),
         chunk_rows or choose_chunk_rows(weight),
-        want_hidden=want_hidden, want_weight=want_weight, want_bias=want_bias,
+        want_hidden=want_hidden, want_weight=want_weight, want_bias=want_bias, mass_RV=masses, others_R=others,
     )  # fmt: skip
     empty = [hidden.new_empty(0) for _ in range(3)]
     return (
@@ -102,9 +112,21 @@ def head_gradients(
 
 @head_gradients.register_fake
 def _(
-    grad, hidden, weight, bias, target, temperature, scalar_temperature, chunk_rows, want_hidden, want_weight, want_bias
+    grad,
+    hidden,
+    weight,
+    bias,
+    target,
+    temperature,
+    scalar_temperature,
+    chunk_rows,
+    want_hidden,
+    want_weight,
+    want_bias,
+    masses,
+    others,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    del grad, target, temperature, scalar_temperature, chunk_rows
+    del grad, target, temperature, scalar_temperature, chunk_rows, masses, others
     return (
         torch.empty_like(hidden) if want_hidden else hidden.new_empty(0),
         torch.empty_like(weight) if want_weight else hidden.new_empty(0),
@@ -130,14 +152,17 @@ class _HeadLogprob(torch.autograd.Function):
         trainable_head: bool,
         path: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        logp_R, teacher_logp_R, jacobian_RH, entropy_R = head_sweep(
+        # a caller who names the rows of a chunk wants no more memory than that
+        keep_masses = trainable_head and not chunk_rows and keeps_masses(weight_VH, hidden_RH.shape[0])
+        logp_R, teacher_logp_R, jacobian_RH, entropy_R, mass_RV, others_R = head_sweep(
             hidden_RH, teacher_RH, weight_VH, bias_V, target_R, temperature_R, temperature, chunk_rows,
-            not trainable_head, return_entropy, path,
+            not trainable_head, return_entropy, keep_masses, path,
         )  # fmt: skip
         ctx.trainable_head, ctx.temperature, ctx.chunk_rows = trainable_head, temperature, chunk_rows
         ctx.dtype = hidden_RH.dtype
         if trainable_head:
-            ctx.save_for_backward(hidden_RH, weight_VH, bias_V, target_R, temperature_R)
+            kept = (mass_RV, others_R) if keep_masses else (None, None)
+            ctx.save_for_backward(hidden_RH, weight_VH, bias_V, target_R, temperature_R, *kept)
         else:
             ctx.save_for_backward(jacobian_RH)
         ctx.mark_non_differentiable(teacher_logp_R, entropy_R)
@@ -152,11 +177,12 @@ class _HeadLogprob(torch.autograd.Function):
         if not ctx.trainable_head:
             (jacobian_RH,) = ctx.saved_tensors
             return (grad_R[:, None] * jacobian_RH).to(ctx.dtype), None, None, *unused
-        hidden_RH, weight_VH, bias_V, target_R, temperature_R = ctx.saved_tensors
+        hidden_RH, weight_VH, bias_V, target_R, temperature_R, *kept = ctx.saved_tensors
         wanted = [bool(need) for need in ctx.needs_input_grad[:3]]
         gradients = head_gradients(
-            grad_R, hidden_RH, weight_VH, bias_V, target_R, temperature_R, ctx.temperature, ctx.chunk_rows, *wanted
-        )
+            grad_R, hidden_RH, weight_VH, bias_V, target_R, temperature_R, ctx.temperature, ctx.chunk_rows,
+            *wanted, *kept,
+        )  # fmt: skip
         return *(made if need else None for made, need in zip(gradients, wanted, strict=True)), *unused
 
 
@@ -216,8 +242,8 @@ def head_logprob(
             if return_entropy:
                 entropy = _EntropyValue.apply(entropy, hidden_RH if hidden_RH.requires_grad else weight_VH)
         else:
-            logp, teacher_logp, _, entropy = head_sweep(
+            logp, teacher_logp, _, entropy, _, _ = head_sweep(
                 hidden_RH.detach(), teacher_RH, weight_VH.detach(), None if bias_V is None else bias_V.detach(),
-                target_R, temperature_R, scalar, chunk_rows or 0, False, return_entropy, path,
+                target_R, temperature_R, scalar, chunk_rows or 0, False, return_entropy, False, path,
             )  # fmt: skip
     return logp, None if teacher_RH is None else teacher_logp, entropy if return_entropy else None

@@ -104,8 +104,9 @@ def linear_logprob(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each target token under softmax((hidden @ weight.T + bias) / temperature), in nats.
 
-    Full logits [R, V] are never stored. Differentiable in `hidden`, and in `weight` and `bias` where they require grad.
-    With a frozen head the backward pass is one multiplication, whatever the loss (design, section 5).
+    Full logits [R, V] are never stored (probabilities are on a CPU, for a trainable head, where they fit into 64 MiB).
+    Differentiable in `hidden`, and in `weight` and `bias` where they require grad. With a frozen head the backward pass
+    is one multiplication, whatever the loss (design, section 5).
 
     Args:
         hidden: [R, H] fp32, bf16 or fp16: the hidden states that predict the targets, after the final norm. R may be 0.

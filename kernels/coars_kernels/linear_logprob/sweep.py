@@ -6,7 +6,8 @@ With a frozen head the gradient of a log-probability does not depend on the loss
 
 so the forward pass computes logp and J while the logits are at hand, and the backward pass of any per-token loss is
 `g_r * J_r`: three products with the weight in all, the teacher's included. With a trainable head the backward pass
-computes the logits again chunk by chunk, because dW needs the softmax itself.
+computes the logits again chunk by chunk, because dW needs the softmax itself; on a CPU it is kept where all rows fit
+into the buffer of a chunk.
 
 Logits are fp32 whatever the inputs: products are accumulated in fp32 and stored in fp32, and the target's logit and the
 log-sum-exp come from that one buffer (mixing precisions gives log-probabilities above zero). J is kept in fp32 too, so
@@ -84,6 +85,12 @@ def choose_chunk_rows(weight_VH: Tensor) -> int:
     )
 
 
+def keeps_masses(weight_VH: Tensor, num_rows: int) -> bool:
+    """Whether a forward pass with a trainable head keeps the masses [R, V] for the backward pass, which then computes
+    no logits: on a CPU, where they take no more than the buffer of a chunk may."""
+    return not weight_VH.is_cuda and 4 * num_rows * weight_VH.shape[0] <= CPU_BUFFER_BYTES
+
+
 @dataclass
 class Sweep:
     """What one pass over the head yields; what was not asked for is None."""
@@ -92,6 +99,8 @@ class Sweep:
     teacher_logp_R: Tensor | None
     jacobian_RH: Tensor | None  # fp32
     entropy_R: Tensor | None
+    mass_RV: Tensor | None = None  # fp32, divided by their total
+    others_R: Tensor | None = None
 
 
 class Head:
@@ -262,20 +271,28 @@ def sweep_head(
     want_jacobian: bool,
     want_entropy: bool,
     fused: bool = False,
+    keep_masses: bool = False,
 ) -> Sweep:
-    """Forward pass over all rows. Builds no autograd graph."""
+    """Forward pass over all rows, with `keep_masses` in one chunk. Builds no autograd graph."""
     num_rows = len(hidden_RH)
+    if keep_masses:
+        chunk_rows = max(num_rows, 1)
     logp_R = hidden_RH.new_empty(num_rows, dtype=torch.float32)
     teacher_logp_R = None if teacher_RH is None else torch.empty_like(logp_R)
     entropy_R = torch.empty_like(logp_R) if want_entropy else None
     jacobian_RH = torch.empty_like(hidden_RH, dtype=torch.float32) if want_jacobian else None
+    mass_RV = others_R = None
+    if keep_masses:  # without rows there is no chunk that would make them
+        mass_RV, others_R = logp_R.new_empty(0, weight_VH.shape[0]), torch.empty_like(logp_R)
     head = Head(weight_VH, bias_V, min(chunk_rows, num_rows), want_masses=want_jacobian, fused=fused)
     for chunk in chunks(num_rows, chunk_rows):
         target_C, chunk_temperature = target_R[chunk], _of_rows(temperature, chunk)
         rows, mass_CV, teacher_logp_C = head.paired_masses(
             hidden_RH[chunk], None if teacher_RH is None else teacher_RH[chunk], target_C, chunk_temperature,
-            want_entropy=want_entropy, want_masses=want_jacobian,
+            want_entropy=want_entropy, want_masses=want_jacobian or keep_masses,
         )  # fmt: skip
+        if keep_masses:
+            mass_RV, others_R = mass_CV, rows.others_C
         logp_R[chunk] = rows.logp_C
         if entropy_R is not None and rows.entropy_C is not None:
             entropy_R[chunk] = rows.entropy_C
@@ -283,7 +300,7 @@ def sweep_head(
             teacher_logp_R[chunk] = teacher_logp_C
         if jacobian_RH is not None:
             head.jacobian(mass_CV, target_C, rows, chunk_temperature, jacobian_RH[chunk])
-    return Sweep(logp_R, teacher_logp_R, jacobian_RH, entropy_R)
+    return Sweep(logp_R, teacher_logp_R, jacobian_RH, entropy_R, mass_RV, others_R)
 
 
 @dataclass
@@ -307,16 +324,25 @@ def recompute_gradients(
     want_hidden: bool,
     want_weight: bool,
     want_bias: bool,
+    mass_RV: Tensor | None = None,
+    others_R: Tensor | None = None,
 ) -> HeadGradients:
-    """Backward pass with a trainable head: logits again by chunks; weight and bias gradients accumulate in fp32."""
+    """Backward pass with a trainable head, with the masses that the forward pass kept, or with logits computed again by
+    chunks; weight and bias gradients accumulate in fp32."""
     num_rows, vocab_size = len(hidden_RH), weight_VH.shape[0]
     grad_hidden_RH = torch.empty_like(hidden_RH) if want_hidden else None
     grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if want_weight else None
     grad_bias_V = hidden_RH.new_zeros(vocab_size, dtype=torch.float32) if want_bias else None
-    head = Head(weight_VH, bias_V, min(chunk_rows, num_rows), want_masses=True)
+    if mass_RV is not None:
+        chunk_rows = max(num_rows, 1)
+    head = Head(weight_VH, bias_V, min(chunk_rows, num_rows) if mass_RV is None else 0, want_masses=True)
     for chunk in chunks(num_rows, chunk_rows):
         target_C, chunk_temperature = target_R[chunk], _of_rows(temperature, chunk)
-        rows, mass_CV = head.masses(hidden_RH[chunk], target_C, chunk_temperature)
+        if mass_RV is not None and others_R is not None:
+            unknown_C = others_R  # their log-probs, which nothing below reads
+            rows, mass_CV = RowMasses(unknown_C, others_R, torch.ones_like(others_R), None), mass_RV
+        else:
+            rows, mass_CV = head.masses(hidden_RH[chunk], target_C, chunk_temperature)
         grad_C = grad_R[chunk].float()
         if grad_hidden_RH is not None:
             jacobian_CH = torch.empty_like(hidden_RH[chunk], dtype=torch.float32)
