@@ -52,7 +52,7 @@ def test_decode(heads: tuple[int, int], head_size: int, splits: int) -> None:
     decode(make_paged(LENGTHS, heads=heads, head_size=head_size, page_size=PAGE), splits=(0, splits), tile=tile)
 
 
-@pytest.mark.parametrize("page_size", [1, 8, 24, KEYS])
+@pytest.mark.parametrize("page_size", [1, 24])
 def test_pages_smaller_than_a_block(page_size: int) -> None:
     case = make_paged(LENGTHS, page_size=page_size, groups=[(5, 1), (5, 2)])
     decode(case, splits=(2, 3))
@@ -82,7 +82,7 @@ def test_a_group_fills_several_tiles() -> None:
     decode(case, splits=(2, 1))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     groups=st.lists(
         st.tuples(st.lists(st.sampled_from([0, 1, 7, 8, 9, 16, 40, 57]), max_size=4), st.integers(0, 3)), max_size=4
@@ -102,14 +102,14 @@ def test_any_decode(groups: list[tuple[list[int], int]], splits: tuple[int, int]
     decode(make_paged(lengths, **options), splits=(0, splits[1]))
 
 
-@pytest.mark.parametrize(("heads", "head_size"), [((14, 2), 24), ((4, 4), 16), ((20, 1), 64), ((3, 1), 1)])
+@pytest.mark.parametrize(("heads", "head_size"), [((14, 2), 24), ((4, 4), 16), ((20, 1), 1)])
 def test_prefill(heads: tuple[int, int], head_size: int) -> None:
     tile = TILE._replace(block_rows=32)
-    new = [0, 1, KEYS - 1, 5, 2, PAGE - 1, PAGE, 1, 3 * PAGE, 0]
+    new = [0, 1, KEYS - 1, 5, 2, PAGE - 1, PAGE, 1, PAGE + 5, 0]
     prefill(make_paged(LENGTHS, new=new, heads=heads, head_size=head_size, page_size=PAGE), tile)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     rows=st.lists(st.tuples(st.sampled_from([0, 1, 7, 8, 30]), st.sampled_from([0, 1, 7, 16, 17, 40])), max_size=5),
     heads=st.sampled_from([(1, 1), (6, 2), (5, 1)]),
