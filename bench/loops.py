@@ -26,7 +26,10 @@ from coars_fast.config import Config, LossConfig, ModelConfig, RolloutConfig, SA
 from coars_fast.data.records import Task, Trajectory
 from coars_fast.game.episode import Episode, Reply
 from coars_fast.game.trajectory import trajectories
+from coars_fast.learn.packing import PackedBatch
 from coars_fast.learn.step import Learner
+from coars_fast.learn.two_stream import re_prefill
+from coars_fast.model.attention import PackedAttention
 from coars_fast.model.decoder import Decoder
 from coars_fast.progress import Screen
 from coars_fast.rollout.play import play
@@ -187,15 +190,31 @@ def learner(decoder: Decoder, config: Config) -> Learner:
     return made
 
 
-def update(made: Learner, found: Sequence[Trajectory], *, eager: bool) -> dict[str, Tensor]:
-    """One step; the result is the (clipped) gradient of both adapters."""
-    ours = step_module.fused_credit_loss
+def whole_contexts(
+    decoder: Decoder, batch: PackedBatch, *, teacher: bool = True, adapters: bool = True, backend: str = "auto"
+) -> tuple[Tensor, Tensor | None]:
+    """`two_stream` by two ordinary forward passes: the teacher computes each turn's context again."""
+    attend = PackedAttention(batch.cu_seqlens, backend=backend)
+    agent_ids = batch.agent_ids if adapters else None
+    student = decoder(batch.token_ids, batch.position_ids, attend, agent_ids)[batch.rows]
+    return student, re_prefill(decoder, batch, backend=backend) if teacher else None
+
+
+def update(made: Learner, found: Sequence[Trajectory], *, eager: bool, whole: bool | None = None) -> dict[str, Tensor]:
+    """One step; the result is the (clipped) gradient of both adapters.
+
+    `eager`: with full logits. `whole`: with whole contexts for the teacher; by default as `eager`, since ordinary
+    trainers have both.
+    """
+    ours = step_module.fused_credit_loss, step_module.two_stream
     if eager:
         step_module.fused_credit_loss = eager_head  # pyright: ignore[reportAttributeAccessIssue]
+    if eager if whole is None else whole:
+        step_module.two_stream = whole_contexts
     try:
         made.update(found, 0)
     finally:
-        step_module.fused_credit_loss = ours
+        step_module.fused_credit_loss, step_module.two_stream = ours
     gradients = [p.grad.flatten() for group in made.parameters for p in group.values() if p.grad is not None]
     return {"grad": torch.cat(gradients)}
 
@@ -238,9 +257,10 @@ def rollout_flops(decoder: Decoder, episodes: Sequence[Episode]) -> float:
 
 
 def step_flops(decoder: Decoder, found: Sequence[Trajectory]) -> float:
-    """Student forward and backward to its activations, teacher forward by re-prefill, three products of the head."""
+    """Student forward and backward to its activations, teacher forward on references and replies, three products of
+    the head."""
     student = sum(len(t.tokens) for t in found if t.turns)
-    teacher = sum(t.num_tokens - len(t.tokens) for t in found)
+    teacher = sum(t.num_teacher_tokens for t in found)
     rows = sum(turn.end - turn.start for t in found for turn in t.turns)
     return model_flops(decoder, 2 * student + teacher) + 6.0 * decoder.head_weight.numel() * rows
 

@@ -168,6 +168,14 @@ class LossConfig:
     """Bound (above 1) on the ratio of negative advantages; off by default."""
     kl_weight: float = 0.0
     """Weight of the KL penalty to the frozen base (k3 estimator). 0 skips it."""
+    importance_cap: float | None = None
+    """Guards against a sampler whose log-probs differ from the trainer's: each token's term is weighted by the ratio of
+    the two at the update's beginning, at most this, and clipping starts from the trainer's own; off by default."""
+    teacher: Literal["current", "initial", "ema"] = "current"
+    """Adapters of the teacher: the student's own, which let it read the student's keys and values; those that training
+    began with; or a moving average. The last two compute every turn's context again."""
+    teacher_decay: float = 0.99
+    """What `ema` keeps of its average at each update."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +204,9 @@ class TrainConfig:
     """Each agent's gradient is scaled down to this norm."""
     max_tokens: int = 65536
     """Tokens in one forward pass, student and teacher together; larger batches are split."""
+    over_budget: Literal["error", "drop"] = "error"
+    """What to do with an episode that alone has more than `max_tokens`: stop, or leave it out and count it (metric
+    `episodes_dropped`)."""
     train_recommender: bool = True
     """Update the recommender's adapter."""
     train_user: bool = True
@@ -309,7 +320,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "sasrec.max_length sasrec.batch_size sasrec.learning_rate model.lora_rank model.lora_alpha game.max_turns "
         "rollout.max_reply_tokens rollout.batch_size loss.credit_clip train.episodes_per_step train.group_size "
         "train.minibatches train.learning_rate train.max_grad_norm train.max_tokens sft.batch_size sft.learning_rate "
-        "checkpoint.every checkpoint.keep eval.num_bootstrap",
+        "checkpoint.every checkpoint.keep eval.num_bootstrap loss.importance_cap",
     ),
     (
         "must not be negative",
@@ -319,7 +330,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "train.user_learning_rate_factor train.warmup_steps train.weight_decay sft.num_steps sft.finding_steps "
         "eval.every eval.num_samples eval.num_disc_users",
     ),
-    ("must lie between 0 and 1", lambda value: 0 <= value <= 1, "train.final_learning_rate"),
+    ("must lie between 0 and 1", lambda value: 0 <= value <= 1, "train.final_learning_rate loss.teacher_decay"),
     ("must be below 1", lambda value: value < 1, "loss.clip_low sasrec.dropout"),
     ("must be above 1", lambda value: value > 1, "loss.dual_clip"),
 )
@@ -382,6 +393,10 @@ def _contradictions(config: Config) -> list[str]:
         (
             config.loss.dual_clip is not None and objective not in ("clipped", "gspo"),
             f"loss.dual_clip: --objective {objective} does not use it; leave it away, or choose clipped or gspo",
+        ),
+        (
+            objective == "faithful" and config.loss.importance_cap is not None,
+            "loss.importance_cap: --objective faithful is Eq. 11 as it stands; leave it away, or choose another one",
         ),
         (
             config.rollout.temperature != 1.0,

@@ -78,6 +78,8 @@ def restore(start: Path | None, learner: Learner) -> int:
     for agent, name in enumerate(AGENTS):
         load_adapter_state(learner.decoder, agent, tensors[name], source=str(start / f"{name}.safetensors"))
     optimizer_from_tensors(learner.optimizer, tensors["optimizer"], learner.named_parameters())
+    if learner.teacher is not None:
+        learner.teacher.load(tensors.get("teacher"), str(start))
     return step
 
 
@@ -85,6 +87,8 @@ def save(run: RunFolder, learner: Learner, parts: Parts, step: int) -> None:
     """Write a checkpoint, and both adapters as PEFT folders."""
     state: dict[str, Any] = {name: adapter_state(learner.decoder, agent) for agent, name in enumerate(AGENTS)}
     state["optimizer"] = optimizer_to_tensors(learner.optimizer, learner.named_parameters())
+    if learner.teacher is not None:
+        state["teacher"] = learner.teacher.adapters
     save_checkpoint(run.path, step, state, {"seed": parts.config.seed}, keep=parts.config.checkpoint.keep)
     for agent, name in enumerate(AGENTS):
         save_peft(learner.decoder, agent, run.path / "adapters" / name, parts.base)

@@ -87,11 +87,22 @@ class Trajectory:
     behaviour_logp: tuple[float, ...]
     """Log-probs of the sampled tokens of all turns, one after the other."""
     turns: tuple[TrainedTurn, ...]
+    teacher_logp: tuple[float, ...] | None = None
+    """The teacher's log-probs of the same tokens, where somebody has scored them already."""
+    old_logp: tuple[float, ...] | None = None
+    """The trainer's own log-probs of them under the weights that the update began with, where they differ from what it
+    computes: from the second minibatch on."""
+
+    @property
+    def num_teacher_tokens(self) -> int:
+        """Tokens of the teacher's branches: reference and reply of each turn, but for the reply's last token, whose
+        successor nobody asks for."""
+        return sum(len(t.reference) + t.end - t.start - 1 for t in self.turns)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that one step computes for it: its own, and the teacher's re-prefills."""
-        return len(self.tokens) + sum(t.fork + len(t.reference) + t.end - t.start for t in self.turns)
+        """Tokens that one step computes for it: its own, and its teacher's branches."""
+        return len(self.tokens) + self.num_teacher_tokens
 
 
 @dataclass(frozen=True, kw_only=True)

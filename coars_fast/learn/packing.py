@@ -1,7 +1,9 @@
 """Trajectories -> packed batches (DESIGN section 4): all turns of both agents in one row of tokens.
 
-The teacher's contexts are written here as branches (what follows a fork of the student's sequence); `teacher_inputs`
-unrolls them into whole sequences for a plain re-prefill. The two-stream step will read the branches as they are.
+What the teacher sees is written here as branches (what follows a fork of the student's sequence), which the two-stream
+forward reads as they are; `teacher_inputs` unrolls them into whole sequences for a teacher that cannot share keys and
+values with the student. Nothing is ever cut off: `split` makes micro-batches within a budget of tokens, balanced by
+what they cost, and says what does not fit.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from coars_fast.data.records import Trajectory
 from coars_fast.errors import ConfigError
+from coars_fast.model.config import DecoderConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,10 @@ class PackedBatch:
     teacher_rows: Tensor
     episodes: tuple[int, ...]
     """Episode of each sequence."""
+    teacher_logp: Tensor | None = None
+    """[R] fp32, if the teacher's log-probs are known: its branches are then not computed."""
+    old_logp: Tensor | None = None
+    """[R] fp32, the trainer's log-probs before the update, where they are known apart."""
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with its tensors on a device."""
@@ -80,10 +87,10 @@ def pack(trajectories: Sequence[Trajectory]) -> PackedBatch:
             parents.append(s)
             branch_base += length
         num_sampled = sum(turn.end - turn.start for turn in trajectory.turns)
-        if len(trajectory.behaviour_logp) != num_sampled:
-            raise ValueError(
-                f"trajectories[{s}].behaviour_logp: {len(trajectory.behaviour_logp)} values for {num_sampled} tokens"
-            )
+        for name in ("behaviour_logp", "teacher_logp", "old_logp"):
+            values = getattr(trajectory, name)
+            if values is not None and len(values) != num_sampled:
+                raise ValueError(f"trajectories[{s}].{name}: {len(values)} values for {num_sampled} tokens")
         base += len(trajectory.tokens)
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
     lengths = [len(trajectory.tokens) for trajectory in trajectories]
@@ -108,7 +115,16 @@ def pack(trajectories: Sequence[Trajectory]) -> PackedBatch:
         branch_start=torch.tensor([turn.fork for turn in turns], dtype=torch.int64),
         teacher_rows=torch.tensor(teacher_rows, dtype=torch.int64),
         episodes=tuple(trajectory.episode for trajectory in trajectories),
+        teacher_logp=_known([trajectory.teacher_logp for trajectory in trajectories]),
+        old_logp=_known([trajectory.old_logp for trajectory in trajectories]),
     )
+
+
+def _known(columns: Sequence[tuple[float, ...] | None]) -> Tensor | None:
+    """[R] the values one after the other, or None unless every trajectory has them."""
+    if any(column is None for column in columns):
+        return None
+    return torch.tensor([value for column in columns if column is not None for value in column], dtype=torch.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,23 +171,89 @@ def teacher_inputs(batch: PackedBatch) -> TeacherInputs:
     )
 
 
-def split(trajectories: Sequence[Trajectory], max_tokens: int) -> list[list[Trajectory]]:
-    """Groups of trajectories of at most `max_tokens` computed tokens each, in order.
+# ----------------------------------------------------------------------------------------------------- micro-batches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """How much work a step is, by model. A token's own part (the layers' weights) counts 1 forward."""
+
+    attention: float = 0.0
+    """A pair of query and key, in units of a token: 2 Hq D over the weights of a layer."""
+
+    @classmethod
+    def of(cls, config: DecoderConfig) -> Work:
+        """Of a decoder: multiplications with weights and with keys and values are counted, nothing else."""
+        heads, groups = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        weights = config.hidden_size * (2 * heads + 2 * groups + 3 * config.intermediate_size)
+        return cls(attention=2 * heads / weights)
+
+    def cost(self, trajectory: Trajectory) -> float:
+        """Of a trajectory's student (forward and backward: frozen weights take 1 forward more, attention 2.5) and of
+        its teacher's branches (forward)."""
+        length = len(trajectory.tokens)
+        linear = 2.0 * length + trajectory.num_teacher_tokens
+        pairs = 3.5 * length**2 / 2
+        for turn in trajectory.turns:
+            branch = len(turn.reference) + turn.end - turn.start - 1
+            pairs += branch * (turn.fork + branch / 2)
+        return linear + self.attention * pairs
+
+
+def check_budget(
+    trajectories: Sequence[Trajectory], max_tokens: int, *, drop: bool = False
+) -> tuple[list[Trajectory], int]:
+    """(trajectories, number of episodes left out): those of episodes that a forward pass of `max_tokens` can hold.
+
+    An episode is left out with both of its views, so that both agents learn from the same ones.
+
+    Raises:
+        ConfigError: an episode is over the budget and `drop` is off, or all are; names it and its size.
+    """
+    over = {t.episode: t.num_tokens for t in trajectories if t.num_tokens > max_tokens}
+    kept = [t for t in trajectories if t.episode not in over]
+    if over and not (drop and kept):
+        episode, size = max(over.items(), key=lambda item: item[1])
+        every = "; all episodes are over it" if drop else ""
+        raise ConfigError(
+            f"train.max_tokens: {max_tokens} is too small for episode {episode}, which needs {size}{every}; raise it, "
+            "or leave such episodes out with --train.over-budget drop"
+        )
+    return kept, len(over)
+
+
+def split(trajectories: Sequence[Trajectory], max_tokens: int, work: Work | None = None) -> list[list[Trajectory]]:
+    """Micro-batches of at most `max_tokens` computed tokens each, of about the same cost; at most twice as many as any
+    packing needs, and one if all fit. The order of trajectories within each is kept.
 
     Raises:
         ConfigError: one trajectory alone is over the budget.
     """
-    groups: list[list[Trajectory]] = []
-    room = 0
-    for trajectory in trajectories:
-        size = trajectory.num_tokens
-        if size > max_tokens:
-            raise ConfigError(
-                f"train.max_tokens: {max_tokens} is too small for episode {trajectory.episode}, which needs {size}"
-            )
-        if size > room:
-            groups.append([])
-            room = max_tokens
-        groups[-1].append(trajectory)
-        room -= size
+    check_budget(trajectories, max_tokens)
+    if not trajectories:
+        return []
+    costs = [(work or Work()).cost(t) for t in trajectories]
+    parts = -(-sum(t.num_tokens for t in trajectories) // max_tokens)
+    while True:
+        groups = _balanced(trajectories, costs, parts, max_tokens)
+        if groups is not None:
+            return [[trajectories[index] for index in sorted(group)] for group in groups if group]
+        parts += 1
+
+
+def _balanced(
+    trajectories: Sequence[Trajectory], costs: Sequence[float], parts: int, max_tokens: int
+) -> list[list[int]] | None:
+    """Largest first, each to the cheapest part that has room; None if one finds no room."""
+    groups: list[list[int]] = [[] for _ in range(parts)]
+    room, spent = [max_tokens] * parts, [0.0] * parts
+    for index in sorted(range(len(trajectories)), key=lambda i: -trajectories[i].num_tokens):
+        size = trajectories[index].num_tokens
+        fitting = [part for part in range(parts) if room[part] >= size]
+        if not fitting:
+            return None
+        chosen = min(fitting, key=lambda part: spent[part])
+        groups[chosen].append(index)
+        room[chosen] -= size
+        spent[chosen] += costs[index]
     return groups

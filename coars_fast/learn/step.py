@@ -1,13 +1,16 @@
-"""The training step: student forward, teacher by re-prefill, fused head and loss, one AdamW step on both adapters.
+"""The training step: both streams forward, fused head and loss, backward, one AdamW step on both adapters.
 
-The teacher is the same model with the same adapters on [context, reference, reply], without gradient. Left out here:
-the two-stream forward that spares the teacher its context, and distribution over devices.
+    docs/step.md        the data flow in a picture, and what it costs
+
+Whatever the whole batch decides (baselines, the mean credit, the gradient's norm) is worked out over all micro-batches,
+so their number changes nothing. Nothing that is not finite reaches a weight. Left out: distribution over devices.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,14 +19,21 @@ from torch import Tensor
 from coars_fast.config import Config
 from coars_fast.data.records import Trajectory
 from coars_fast.errors import NonFiniteError
+from coars_fast.learn.metrics import AGENT_NAMES, combined, token_metrics, whole
 from coars_fast.learn.objective import normalise
-from coars_fast.learn.packing import PackedBatch, pack, split, teacher_inputs
-from coars_fast.model.attention import PackedAttention
+from coars_fast.learn.packing import PackedBatch, Work, check_budget, pack, split
+from coars_fast.learn.teacher import make_teacher
+from coars_fast.learn.two_stream import re_prefill, two_stream
 from coars_fast.model.decoder import Decoder
 from coars_fast.model.lora import adapter_parameters
-from coars_kernels import fused_credit_loss, linear_logprob
-
-AGENT_NAMES = ("rec", "user")
+from coars_kernels import (
+    CreditOptions,
+    FusedCreditLoss,
+    credit_policy_loss,
+    fused_credit_loss,
+    linear_logprob,
+    paired_linear_logprob,
+)
 
 
 class Learner:
@@ -37,6 +47,8 @@ class Learner:
     def __init__(self, decoder: Decoder, config: Config):
         self.decoder, self.config = decoder, config
         self.device = decoder.head_weight.device
+        self.work = Work.of(decoder.config)
+        self.teacher = make_teacher(decoder, config.loss)
         train = config.train
         wanted = (train.train_recommender, train.train_user)
         rates = (train.learning_rate, train.learning_rate * train.user_learning_rate_factor)
@@ -46,7 +58,8 @@ class Learner:
             for parameter in parameters.values():
                 parameter.requires_grad_(wanted[agent])
             groups.append({"params": list(parameters.values()), "lr": rates[agent], "peak": rates[agent]})
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=train.weight_decay)
+        fused = self.device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=train.weight_decay, fused=fused)
 
     def named_parameters(self) -> dict[str, Tensor]:
         """Every parameter of the optimizer by name."""
@@ -60,6 +73,14 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * rise * fall
 
+    @property
+    def credit_center(self) -> bool:
+        """Whether the credit is centred: as the settings say, or else unless the objective is Eq. 11 as it stands."""
+        chosen = self.config.loss.credit_center
+        return self.config.objective != "faithful" if chosen is None else chosen
+
+    # ------------------------------------------------------------------------------------------------------- updates
+
     def update(self, trajectories: Sequence[Trajectory], step: int) -> dict[str, float]:
         """One training step on the episodes of one rollout; returns its metrics.
 
@@ -67,25 +88,25 @@ class Learner:
         means over these, which follow one another with other weights and need not hold the same number of tokens.
 
         Raises:
+            ConfigError: an episode is over the budget of tokens.
             NonFiniteError: a reward, a log-prob, the loss or a gradient is not finite. No weight has changed, unless
                 an earlier minibatch of this step changed them.
+            ValueError: there is nothing to learn from.
         """
+        train = self.config.train
         _check_finite(trajectories)
+        found = [t for t in trajectories if t.turns]
+        if not found:
+            raise ValueError("trajectories: no turn to learn from")
+        found, num_dropped = check_budget(found, train.max_tokens, drop=train.over_budget == "drop")
         self.set_rates(step)
+        parts = train.minibatches
+        if parts > 1 and self.config.loss.importance_cap is not None:
+            found = self._with_old_logp(found)
         # Both views of an episode stay in one minibatch; neighbours are spread so that minibatches look alike.
-        parts = self.config.train.minibatches
-        history: list[dict[str, float]] = []
-        for part in range(parts):
-            chosen = [t for t in trajectories if t.episode % parts == part]
-            if chosen:
-                history.append(self._update_minibatch(chosen))
-        return {name: _combined(name, [m[name] for m in history]) for name in history[0]}
-
-    @property
-    def credit_center(self) -> bool:
-        """Whether the credit is centred: as the settings say, or else unless the objective is Eq. 11 as it stands."""
-        chosen = self.config.loss.credit_center
-        return self.config.objective != "faithful" if chosen is None else chosen
+        minibatches = [[t for t in found if t.episode % parts == part] for part in range(parts)]
+        metrics = combined([self._update_minibatch(chosen) for chosen in minibatches if chosen])
+        return metrics | {"episodes_dropped": float(num_dropped)}
 
     def _update_minibatch(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         baseline = self.config.loss.baseline
@@ -94,96 +115,157 @@ class Learner:
         num_episodes = len({t.episode for t in trajectories})
         group_size = self.config.train.group_size
         ready = normalise(trajectories, baseline=baseline, num_episodes=num_episodes, group_size=group_size)
-        ready = [t for t in ready if t.turns]
         self.optimizer.zero_grad(set_to_none=True)
-        batches = [pack(group) for group in split(ready, self.config.train.max_tokens)]
-        credit_means = self._credit_means(batches) if self.credit_center and len(batches) > 1 else None
-        parts: list[dict[str, Tensor]] = []
-        for batch in batches:
-            loss, metrics = self._loss(batch.to(self.device), credit_means)
-            if not math.isfinite(loss.item()):
-                raise NonFiniteError(f"the loss is {loss.item()} in a batch with episodes {_some(batch.episodes)}")
-            if loss.requires_grad:
-                loss.backward()
-            parts.append(metrics)
-        return _whole(parts) | self._apply_gradients()
+        batches = self._batches(ready)
+        credit_means = None
+        if self.credit_center and self.config.loss.credit_weight and len(batches) > 1:
+            batches, credit_means = self._credit_means(batches)
+        parts = [self._backward(batch, credit_means) for batch in batches]
+        norms = self._clip_gradients(ready, credit_means)
+        self.optimizer.step()
+        if self.teacher is not None:
+            self.teacher.follow()
+        return whole(parts) | norms
 
-    @torch.no_grad()
-    def _credit_means(self, batches: Sequence[PackedBatch]) -> Tensor:
-        """[2] mean credit of each agent over all micro-batches of an update, which none of them can know alone."""
-        found = _whole([self._loss(batch.to(self.device))[1] for batch in batches])
-        means = [found[f"credit_mean_{name}"] for name in AGENT_NAMES]
-        if not all(map(math.isfinite, means)):
-            raise NonFiniteError(f"the mean credits of the agents are {means}; no weight was changed")
-        return torch.tensor(means, device=self.device)
+    def _batches(self, trajectories: Sequence[Trajectory]) -> list[PackedBatch]:
+        groups = split(trajectories, self.config.train.max_tokens, self.work)
+        return [pack(group).to(self.device) for group in groups]
 
-    def _hidden(self, source: Any, *, adapters: bool = True) -> Tensor:
-        """Hidden states of packed sequences (a batch or teacher inputs), [N, H]."""
-        attend = PackedAttention(source.cu_seqlens, backend=self.config.model.attention)
-        agent_ids = source.agent_ids if adapters else None
-        return self.decoder(source.token_ids, source.position_ids, attend, agent_ids)
+    def _backward(self, batch: PackedBatch, credit_means: Tensor | None) -> dict[str, Tensor]:
+        """Add a micro-batch's gradient; returns its metrics."""
+        result = self._loss(batch, credit_means)
+        value = result.loss.item()
+        if not math.isfinite(value):
+            raise NonFiniteError(f"the loss is {value}; {_suspects(batch, result)}; no weight was changed")
+        if result.loss.requires_grad:
+            result.loss.backward()
+        return result.metrics
 
-    def _loss(self, batch: PackedBatch, credit_means: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of a packed batch and its metrics, means over the tokens of turns that are not excluded.
-
-        `credit_means` [2]: each agent's mean credit over the whole update; None: `batch` is the whole update.
-        """
-        loss, weight = self.config.loss, self.decoder.head_weight
-        student = self._hidden(batch)[batch.rows]
-        teacher = reference_logp = None
-        with torch.no_grad():
-            if loss.credit_weight:
-                inputs = teacher_inputs(batch)
-                teacher = self._hidden(inputs)[inputs.rows]
-            if loss.kl_weight:
-                base = self._hidden(batch, adapters=False)[batch.rows]
-                reference_logp = linear_logprob(base, weight, batch.target)
-        turn_reward = batch.turn_reward
-        if credit_means is not None:  # R + w (A - mean) = (R - w mean) + w A
-            turn_reward = turn_reward - loss.credit_weight * credit_means[batch.turn_agent.long()]
-        value, metrics, logp, _ = fused_credit_loss(
-            student,
-            teacher,
-            weight,
-            batch.target,
-            batch.behaviour_logp,
-            turn_reward,
-            batch.turn_offsets,
-            turn_weight=batch.turn_weight,
-            turn_agent=batch.turn_agent,
-            credit_weight=loss.credit_weight,
-            credit_clip=loss.credit_clip,
-            credit_center=self.credit_center and credit_means is None,
-            objective=self.config.objective,
-            clip_low=loss.clip_low,
-            clip_high=loss.clip_high,
-            dual_clip=loss.dual_clip,
-            reference_logp=reference_logp,
-            kl_weight=loss.kl_weight,
-        )
-        lengths = batch.turn_offsets.diff()
-        counted = batch.turn_weight != 0
-        difference = (logp - batch.behaviour_logp).abs() * counted.repeat_interleave(lengths)
-        metrics["loss"] = value.detach()
-        metrics["logp_difference"] = difference.sum() / metrics["num_tokens"].clamp(min=1)
-        metrics["logp_difference_max"] = difference.max()
-        for agent, name in enumerate(AGENT_NAMES):
-            metrics[f"num_tokens_{name}"] = lengths[counted & (batch.turn_agent == agent)].sum()
-        return value, metrics
-
-    def _apply_gradients(self) -> dict[str, float]:
-        """Clip each agent's gradient and step, unless something is not finite."""
+    def _clip_gradients(self, trajectories: Sequence[Trajectory], credit_means: Tensor | None) -> dict[str, float]:
+        """Scale each agent's gradient down to the largest norm; returns the norms that they had."""
         norms = {}
-        for name, parameters in zip(AGENT_NAMES, self.parameters, strict=True):
-            trained = [p for p in parameters.values() if p.grad is not None]
+        for agent, name in enumerate(AGENT_NAMES):
+            trained = [p for p in self.parameters[agent].values() if p.grad is not None]
             if not trained:
                 continue
             norm = torch.nn.utils.clip_grad_norm_(trained, self.config.train.max_grad_norm).item()
             if not math.isfinite(norm):
-                raise NonFiniteError(f"the gradient of the {name} adapter has norm {norm}; no weight was changed")
+                found = self._unfit_episodes(trajectories, agent, credit_means)
+                culprits = f"it comes from episodes {_some(found)}" if found else "each episode's own is finite"
+                raise NonFiniteError(
+                    f"the gradient of the {name} adapter has norm {norm}; {culprits}; no weight was changed"
+                )
             norms[f"grad_norm_{name}"] = norm
-        self.optimizer.step()
         return norms
+
+    def _unfit_episodes(self, trajectories: Sequence[Trajectory], agent: int, credit_means: Tensor | None) -> list[int]:
+        """Episodes whose own gradient of an agent's adapter is not finite; one backward pass each."""
+        found = []
+        for episode in sorted({t.episode for t in trajectories}):
+            self.optimizer.zero_grad(set_to_none=True)
+            batch = pack([t for t in trajectories if t.episode == episode]).to(self.device)
+            loss = self._loss(batch, credit_means).loss
+            if loss.requires_grad:
+                loss.backward()
+            gradients = [p.grad for p in self.parameters[agent].values() if p.grad is not None]
+            if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+                found.append(episode)
+        self.optimizer.zero_grad(set_to_none=True)
+        return found
+
+    # ---------------------------------------------------------------------------------------------------------- loss
+
+    def _loss(self, batch: PackedBatch, credit_means: Tensor | None = None) -> FusedCreditLoss:
+        """Loss of a packed batch; its metrics are means over the tokens of turns that are not excluded.
+
+        `credit_means` [2]: each agent's mean credit over the whole update; None: `batch` is the whole update.
+        """
+        loss, weight, attention = self.config.loss, self.decoder.head_weight, self.config.model.attention
+        batch = self._with_other_teacher(batch)
+        reference_logp = None
+        if loss.kl_weight:
+            with torch.no_grad():
+                base, _ = two_stream(self.decoder, batch, teacher=False, adapters=False, backend=attention)
+                reference_logp = linear_logprob(base, weight, batch.target)
+        wanted = bool(loss.credit_weight) and batch.teacher_logp is None
+        student, teacher = two_stream(self.decoder, batch, teacher=wanted, backend=attention)
+        turn_reward = batch.turn_reward
+        if credit_means is not None:  # R + w (A - mean) = (R - w mean) + w A
+            turn_reward = turn_reward - loss.credit_weight * credit_means[batch.turn_agent.long()]
+        options: CreditOptions = {
+            "turn_weight": batch.turn_weight, "turn_agent": batch.turn_agent, "credit_weight": loss.credit_weight,
+            "credit_clip": loss.credit_clip, "credit_center": self.credit_center and credit_means is None,
+            "objective": self.config.objective, "clip_low": loss.clip_low, "clip_high": loss.clip_high,
+            "dual_clip": loss.dual_clip, "reference_logp": reference_logp, "kl_weight": loss.kl_weight,
+        }  # fmt: skip
+        values = (batch.behaviour_logp, turn_reward, batch.turn_offsets)
+        if batch.teacher_logp is None and loss.importance_cap is None:
+            result = fused_credit_loss(student, teacher, weight, batch.target, *values, **options)
+        else:
+            if teacher is None:
+                logp, teacher_logp = linear_logprob(student, weight, batch.target), batch.teacher_logp
+            else:
+                logp, teacher_logp = paired_linear_logprob(student, teacher, weight, batch.target)
+            if loss.importance_cap is not None:
+                options["old_logp"] = logp.detach() if batch.old_logp is None else batch.old_logp
+                options["importance_cap"] = loss.importance_cap
+            value, metrics = credit_policy_loss(logp, teacher_logp, *values, **options)
+            result = FusedCreditLoss(value, metrics, logp.detach(), teacher_logp)
+        own = token_metrics(batch, result.logp, result.metrics["num_tokens"])
+        return result._replace(metrics=result.metrics | own | {"loss": result.loss.detach()})
+
+    def _with_other_teacher(self, batch: PackedBatch) -> PackedBatch:
+        """The batch with the log-probs of a teacher of other weights; as it is where the teacher shares ours."""
+        if self.teacher is None or batch.teacher_logp is not None:
+            return batch
+        with self.teacher.in_place():
+            hidden = re_prefill(
+                self.decoder, batch, max_tokens=self.config.train.max_tokens, backend=self.config.model.attention
+            )
+        return replace(batch, teacher_logp=linear_logprob(hidden, self.decoder.head_weight, batch.target))
+
+    @torch.no_grad()
+    def _credit_means(self, batches: Sequence[PackedBatch]) -> tuple[list[PackedBatch], Tensor]:
+        """[2] mean credit of each agent over all micro-batches of an update, which none of them can know alone; and
+        the micro-batches with the teacher's log-probs, which are so computed once."""
+        scored, totals, counts = [], torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+        for batch in batches:
+            known = self._with_other_teacher(batch)
+            student, teacher = two_stream(
+                self.decoder, known, teacher=known.teacher_logp is None, backend=self.config.model.attention
+            )
+            if teacher is None:
+                logp = linear_logprob(student, self.decoder.head_weight, batch.target)
+                teacher_logp = known.teacher_logp
+            else:
+                logp, teacher_logp = paired_linear_logprob(student, teacher, self.decoder.head_weight, batch.target)
+            assert teacher_logp is not None
+            clip, lengths = self.config.loss.credit_clip, batch.turn_offsets.diff()
+            counted = (batch.turn_weight != 0).repeat_interleave(lengths)
+            agent = batch.turn_agent.long().repeat_interleave(lengths)[counted]
+            credit = (teacher_logp - logp).clamp(-clip, clip)[counted]
+            totals.index_add_(0, agent.cpu(), credit.double().cpu())
+            counts += agent.bincount(minlength=2).cpu()
+            scored.append(replace(batch, teacher_logp=teacher_logp))
+        means = totals / counts.clamp(min=1)
+        if not bool(means.isfinite().all()):
+            raise NonFiniteError(f"the mean credits of the agents are {means.tolist()}; no weight was changed")
+        return scored, means.float().to(self.device)
+
+    @torch.no_grad()
+    def _with_old_logp(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+        """The trajectories with the trainer's log-probs of their tokens now, before the first minibatch."""
+        found = []
+        for group in split(trajectories, self.config.train.max_tokens, self.work):
+            batch = pack(group).to(self.device)
+            student, _ = two_stream(self.decoder, batch, teacher=False, backend=self.config.model.attention)
+            values = linear_logprob(student, self.decoder.head_weight, batch.target).tolist()
+            first = 0
+            for t in group:
+                last = first + len(t.behaviour_logp)
+                found.append(replace(t, old_logp=tuple(values[first:last])))
+                first = last
+        return found
 
 
 def _check_finite(trajectories: Sequence[Trajectory]) -> None:
@@ -193,6 +275,7 @@ def _check_finite(trajectories: Sequence[Trajectory]) -> None:
             "behaviour_logp": t.behaviour_logp,
             "turn_reward": [turn.reward for turn in t.turns],
             "turn_weight": [turn.weight for turn in t.turns],
+            "teacher_logp": t.teacher_logp or (),
         }
         for name, numbers in values.items():
             if not all(map(math.isfinite, numbers)):
@@ -200,33 +283,17 @@ def _check_finite(trajectories: Sequence[Trajectory]) -> None:
                 raise NonFiniteError(f"{name} of episode {t.episode} ({agent}) is not finite; no weight was changed")
 
 
-def _whole(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-    """Metrics of an update from those of its micro-batches; counts of turns and tokens are left out."""
-    columns = {name: [part[name].item() for part in parts] for name in parts[0]}
-
-    def mean(values: Sequence[float], count: str = "num_tokens") -> float:
-        counts = columns[count]
-        return sum(value * n for value, n in zip(values, counts, strict=True)) / max(1.0, sum(counts))
-
-    found = {}
-    for name, values in columns.items():
-        if name.endswith("_max"):
-            found[name] = max(values)
-        elif name.startswith("loss"):
-            found[name] = sum(values)
-        elif name.startswith("credit_mean_"):  # of one agent
-            found[name] = mean(values, name.replace("credit_mean", "num_tokens"))
-        elif not name.startswith("num_"):
-            found[name] = mean(values)
-    moments = zip(columns["advantage_mean"], columns["advantage_std"], strict=True)
-    squares = mean([m**2 + s**2 for m, s in moments])
-    found["advantage_std"] = math.sqrt(max(0.0, squares - found["advantage_mean"] ** 2))
-    return found
-
-
-def _combined(name: str, values: Sequence[float]) -> float:
-    """A metric of a step from its minibatches'."""
-    return max(values) if name.endswith("_max") else sum(values) / len(values)
+def _suspects(batch: PackedBatch, result: FusedCreditLoss) -> str:
+    """Which episodes have log-probs that are not finite, or else all of the batch, in words."""
+    bad = ~result.logp.isfinite()
+    if result.teacher_logp is not None:
+        bad = bad | ~result.teacher_logp.isfinite()
+    lengths = batch.turn_offsets.diff()
+    turns = torch.arange(len(lengths), device=bad.device).repeat_interleave(lengths)[bad].unique()
+    found = [batch.episodes[int(s)] for s in batch.branch_parent[turns]]
+    if found:
+        return f"log-probs of episodes {_some(found)} are not finite"
+    return f"all log-probs of its episodes {_some(batch.episodes)} are finite"
 
 
 def _some(episodes: Sequence[int]) -> str:

@@ -151,10 +151,11 @@ def test_a_heavy_credit_flows_through_the_student_only(episodes: list[Trajectory
 
 
 def test_without_credit_the_teacher_is_not_needed(episodes: list[Trajectory], monkeypatch: pytest.MonkeyPatch) -> None:
-    def unexpected(batch: Any) -> None:
+    def unexpected(*arguments: Any, **options: Any) -> None:
         raise AssertionError("the teacher ran")
 
-    monkeypatch.setattr("coars_fast.learn.step.teacher_inputs", unexpected)
+    monkeypatch.setattr("coars_fast.learn.two_stream._Branches", unexpected)
+    monkeypatch.setattr("coars_fast.learn.step.re_prefill", unexpected)
     found, _ = update(episodes, settings("faithful", loss={"credit_weight": 0.0}))
     assert_close(found, plain(episodes, credit_weight=0.0))
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coars_fast.data.records import TrainedTurn, Trajectory
-from coars_fast.learn.packing import pack, split, teacher_inputs
+from coars_fast.learn.packing import Work, _balanced, check_budget, pack, split, teacher_inputs
 
 TOKEN = st.integers(0, 99)
 
@@ -100,24 +100,54 @@ def test_branches_continue_the_positions_of_their_parents(found: list[Trajectory
         assert mine.min() >= a and mine.max() == b - 1
 
 
-@settings(max_examples=60, deadline=None)
-@given(TRAJECTORIES, st.integers(0, 60))
-def test_splitting_respects_the_budget_and_loses_nothing(found: list[Trajectory], slack: int) -> None:
-    largest = max(t.num_tokens for t in found)
+@settings(max_examples=100, deadline=None)
+@given(st.lists(trajectory(), min_size=1, max_size=12), st.integers(0, 120), st.floats(0, 0.1))
+def test_micro_batches_hold_every_trajectory_once_within_the_budget(
+    found: list[Trajectory], slack: int, attention: float
+) -> None:
+    largest, total = max(t.num_tokens for t in found), sum(t.num_tokens for t in found)
     budget = largest + slack
-    groups = split(found, budget)
-    assert [t for group in groups for t in group] == found
+    work = Work(attention=attention)
+    groups = split(found, budget, work)
+    order = {id(t): index for index, t in enumerate(found)}
+    indices = [[order[id(t)] for t in group] for group in groups]
+    assert sorted(index for group in indices for index in group) == sorted(order[id(t)] for t in found)
+    assert all(group == sorted(group) and group for group in indices)  # the order is kept, nothing is empty
     assert all(sum(t.num_tokens for t in group) <= budget for group in groups)
-    for group, following in itertools.pairwise(groups):  # a group ends only where the next trajectory has no room
-        assert sum(t.num_tokens for t in group) + following[0].num_tokens > budget
+    assert len(groups) <= 2 * -(-total // budget)
+    assert (len(groups) == 1) == (total <= budget)
     with pytest.raises(ValueError, match="train.max_tokens"):
-        split(found, largest - 1)
+        split(found, largest - 1, work)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(trajectory(), min_size=2, max_size=12), st.integers(2, 4), st.floats(0, 0.1))
+def test_with_room_the_dearest_part_is_at_most_the_mean_and_one_trajectory(
+    found: list[Trajectory], parts: int, attention: float
+) -> None:
+    costs = [Work(attention=attention).cost(t) for t in found]
+    groups = _balanced(found, costs, parts, 10**9)
+    assert groups is not None and sorted(index for group in groups for index in group) == list(range(len(found)))
+    spent = [sum(costs[index] for index in group) for group in groups]
+    assert max(spent) <= sum(costs) / parts + max(costs) + 1e-6
 
 
 @settings(max_examples=40, deadline=None)
 @given(TRAJECTORIES)
-def test_the_budget_covers_all_tokens_that_are_computed(found: list[Trajectory]) -> None:
+def test_the_budget_covers_exactly_the_tokens_that_are_computed(found: list[Trajectory]) -> None:
     batch = pack(found)
-    computed = len(batch.token_ids) + len(teacher_inputs(batch).token_ids)
-    turns = sum(len(t.turns) for t in found)
-    assert sum(t.num_tokens for t in found) - turns == computed  # the last token of a branch is counted, not computed
+    assert sum(t.num_tokens for t in found) == len(batch.token_ids) + len(batch.branch_tokens)
+
+
+@settings(max_examples=60, deadline=None)
+@given(TRAJECTORIES, st.integers(10, 60))
+def test_leaving_out_takes_whole_episodes_and_only_those_over_the_budget(
+    found: list[Trajectory], max_tokens: int
+) -> None:
+    over = {t.episode for t in found if t.num_tokens > max_tokens}
+    if over and over == {t.episode for t in found}:
+        with pytest.raises(ValueError, match="all episodes"):
+            check_budget(found, max_tokens, drop=True)
+        return
+    kept, dropped = check_budget(found, max_tokens, drop=True)
+    assert kept == [t for t in found if t.episode not in over] and dropped == len(over)

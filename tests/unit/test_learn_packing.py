@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from coars_fast.data.records import TrainedTurn, Trajectory
-from coars_fast.learn.packing import pack, split, teacher_inputs
+from coars_fast.errors import ConfigError
+from coars_fast.learn.packing import Work, check_budget, pack, split, teacher_inputs
+from coars_fast.model.config import DecoderConfig
 
 # Header (3) before (4, 5), header (7) before (8): the branches leave at the headers and repeat them.
 FIRST = Trajectory(
@@ -61,7 +63,7 @@ DTYPES = {
 
 def test_every_tensor_of_a_packed_batch() -> None:
     batch = pack([FIRST, SECOND])
-    assert set(EXPECTED) == set(vars(batch)) - {"episodes"}
+    assert set(EXPECTED) == set(vars(batch)) - {"episodes", "teacher_logp", "old_logp"}
     for name, expected in EXPECTED.items():
         found = getattr(batch, name)
         assert found.dtype == DTYPES.get(name, torch.int64), name
@@ -120,23 +122,63 @@ def test_nothing_cannot_be_packed() -> None:
         pack([])
 
 
-def test_a_number_of_log_probs_other_than_of_sampled_tokens_is_refused() -> None:
+@pytest.mark.parametrize("name", ["behaviour_logp", "teacher_logp", "old_logp"])
+def test_a_number_of_log_probs_other_than_of_sampled_tokens_is_refused(name: str) -> None:
     for logp in ((-0.1, -0.2), (-0.1, -0.2, -0.3, -0.4)):
-        with pytest.raises(ValueError, match="behaviour_logp"):
-            pack([replace(FIRST, behaviour_logp=logp), SECOND])
+        with pytest.raises(ValueError, match=name):
+            pack([replace(FIRST, **{name: logp}), SECOND])
+
+
+def test_log_probs_that_are_known_are_packed_if_all_are() -> None:
+    first, second = replace(FIRST, teacher_logp=(-1.0, -2.0, -3.0)), replace(SECOND, teacher_logp=(-4.0, -5.0))
+    batch = pack([first, second])
+    assert batch.teacher_logp is not None and batch.teacher_logp.tolist() == [-1, -2, -3, -4, -5]
+    assert batch.old_logp is None
+    assert pack([first, SECOND]).teacher_logp is None
+
+
+# Computed tokens: 9 + (2+2-1) + (3+1-1) = 15, and 4 + (2+2-1) = 7.
+def test_tokens_are_those_of_the_sequence_and_of_its_branches() -> None:
+    assert (FIRST.num_tokens, SECOND.num_tokens) == (15, 7)
+    assert (FIRST.num_teacher_tokens, SECOND.num_teacher_tokens) == (6, 3)
 
 
 def test_a_budget_is_filled_and_never_exceeded() -> None:
-    # Computed tokens: 9 + (2+2+2) + (6+3+1) = 25, and 4 + (1+2+2) = 9.
-    assert (FIRST.num_tokens, SECOND.num_tokens) == (25, 9)
     both = [FIRST, SECOND, SECOND, FIRST]
     assert split(both, 1000) == [both]
-    assert split(both, 43) == [[FIRST, SECOND, SECOND], [FIRST]]
-    assert split(both, 34) == [[FIRST, SECOND], [SECOND, FIRST]]
-    assert split(both, 25) == [[FIRST], [SECOND, SECOND], [FIRST]]
+    assert split(both, 29) == [[FIRST, SECOND], [SECOND, FIRST]]
+    assert split(both, 15) == [[FIRST], [FIRST], [SECOND, SECOND]]
     assert split([], 25) == []
 
 
-def test_a_trajectory_over_the_budget_names_the_setting_and_the_episode() -> None:
-    with pytest.raises(ValueError, match=r"train.max_tokens: 24 .* episode 2.* 25"):
-        split([SECOND, FIRST], 24)
+def test_parts_cost_about_the_same() -> None:
+    """Four long ones and four short ones in two parts: the first fit would have all long ones in one."""
+    parts = split([FIRST] * 4 + [SECOND] * 4, 60)
+    assert [sorted(t.num_tokens for t in part) for part in parts] == [[7, 7, 15, 15]] * 2
+
+
+def test_attention_makes_long_sequences_dearer() -> None:
+    config = DecoderConfig(
+        family="qwen3", vocab_size=9, hidden_size=8, intermediate_size=24, num_layers=3, num_heads=2, num_kv_heads=1,
+        head_dim=4,
+    )  # fmt: skip
+    work = Work.of(config)
+    # per layer 8 x (8 + 4 + 4 + 8 + 3 x 24) multiplications for a token, 2 x 8 for a pair
+    assert work.attention == 2 * 8 / (8 * (2 * 8 + 2 * 4 + 3 * 24))
+    assert Work().cost(FIRST) == 2 * 9 + 6
+    pairs = 3.5 * 81 / 2 + 3 * (2 + 1.5) + 3 * (6 + 1.5)
+    assert work.cost(FIRST) == pytest.approx(24 + work.attention * pairs)
+
+
+def test_a_trajectory_over_the_budget_names_the_setting_the_episode_and_the_way_out() -> None:
+    with pytest.raises(ConfigError, match=r"train.max_tokens: 14 .* episode 2.* 15.*--train.over-budget drop"):
+        split([SECOND, FIRST], 14)
+
+
+def test_an_episode_over_the_budget_can_be_left_out_with_both_views() -> None:
+    other = replace(SECOND, episode=3)
+    kept, dropped = check_budget([FIRST, SECOND, other], 14, drop=True)
+    assert kept == [other] and dropped == 1
+    assert check_budget([FIRST, SECOND, other], 15, drop=True) == ([FIRST, SECOND, other], 0)
+    with pytest.raises(ConfigError, match="all episodes are over it"):
+        check_budget([FIRST, SECOND], 14, drop=True)
