@@ -168,7 +168,7 @@ class Learner:
             if loss.requires_grad:
                 loss.backward()
             gradients = [p.grad for p in self.parameters[agent].values() if p.grad is not None]
-            if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+            if gradients and not bool(torch.nn.utils.get_total_norm(gradients).isfinite()):
                 found.append(episode)
         self.optimizer.zero_grad(set_to_none=True)
         return found
@@ -284,7 +284,7 @@ def _check_finite(trajectories: Sequence[Trajectory]) -> None:
 
 
 def _suspects(batch: PackedBatch, result: FusedCreditLoss) -> str:
-    """Which episodes have log-probs that are not finite, or else all of the batch, in words."""
+    """Which episodes have log-probs that are not finite, or else the one with the largest reward, in words."""
     bad = ~result.logp.isfinite()
     if result.teacher_logp is not None:
         bad = bad | ~result.teacher_logp.isfinite()
@@ -293,7 +293,10 @@ def _suspects(batch: PackedBatch, result: FusedCreditLoss) -> str:
     found = [batch.episodes[int(s)] for s in batch.branch_parent[turns]]
     if found:
         return f"log-probs of episodes {_some(found)} are not finite"
-    return f"all log-probs of its episodes {_some(batch.episodes)} are finite"
+    weighted = batch.turn_reward * batch.turn_weight
+    largest = int(weighted.abs().argmax())
+    episode, value = batch.episodes[int(batch.branch_parent[largest])], weighted[largest].item()
+    return f"all log-probs are finite, and the largest weighted reward is {value:.3g} in episode {episode}"
 
 
 def _some(episodes: Sequence[int]) -> str:
