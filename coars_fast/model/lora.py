@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from coars_fast.errors import ConfigError, ModelError
 from coars_fast.model.decoder import Decoder, Projection
 from coars_fast.model.files import open_safetensors, read_json, write_json, write_safetensors
-from coars_kernels import agent_lora
+from coars_kernels import AgentRows, agent_lora
 
 __all__ = [
     "TARGETS",
@@ -89,8 +90,9 @@ class LoraLinear(Projection):
         super().__setstate__(state)
         self._share_memory()
 
-    def forward(self, x: Tensor, agent_ids: Tensor | None = None) -> Tensor:
-        """x [N, in] -> [N, out]; `agent_ids` [N] or None for the base alone."""
+    def forward(self, x: Tensor, agent_ids: Tensor | AgentRows | None = None) -> Tensor:
+        """x [N, in] -> [N, out]; `agent_ids` [N], or prepared (as a decoder with adapters does), or None for the base
+        alone."""
         out = F.linear(x, self.weight, self.bias)
         if agent_ids is None:
             return out
@@ -141,6 +143,19 @@ def add_adapters(
         if isinstance(module, Projection) and name in targets:
             adapted = LoraLinear(module, rank=rank, alpha=alpha, num_adapters=num_adapters, generator=generator)
             setattr(decoder.get_submodule(parent), name, adapted)
+    decoder.register_forward_pre_hook(partial(_prepare_agents, num_adapters), with_kwargs=True)
+
+
+def _prepare_agents(
+    num_adapters: int, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Before a forward pass of the decoder: `agent_ids`, its fourth argument, from which every projection would make
+    the same mask, becomes `AgentRows`, which makes it once."""
+    if len(args) > 3 and isinstance(args[3], Tensor):
+        args = (*args[:3], AgentRows(args[3], num_adapters), *args[4:])
+    elif isinstance(kwargs.get("agent_ids"), Tensor):
+        kwargs = kwargs | {"agent_ids": AgentRows(kwargs["agent_ids"], num_adapters)}
+    return args, kwargs
 
 
 def _lora_layers(decoder: Decoder) -> dict[str, LoraLinear]:

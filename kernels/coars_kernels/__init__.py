@@ -5,7 +5,7 @@ function, with its input checks and the fast path (Triton on CUDA, plain torch o
 CUDA tensor first needs it; on a CPU only torch is needed.
 """
 
-from coars_kernels.agent_lora import agent_lora
+from coars_kernels.agent_lora import AgentRows, agent_lora
 from coars_kernels.branch_attention import branch_attention
 from coars_kernels.checks import checked_values
 from coars_kernels.credit_policy_loss import CreditOptions, credit_policy_loss
@@ -19,6 +19,7 @@ from coars_kernels.sample_with_logprob import sample_with_logprob
 __version__ = "0.1.0"
 
 __all__ = [
+    "AgentRows",
     "CreditOptions",
     "FusedCreditLoss",
     "PrefixGroups",

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coars_kernels import agent_lora
+from coars_kernels import AgentRows, agent_lora
 from coars_kernels.agent_lora.reference import agent_lora_reference
 
 
@@ -80,3 +80,52 @@ def test_errors_name_the_argument(argument: str, change: dict[str, Any]) -> None
     agent_lora(**arguments)
     with pytest.raises(ValueError, match=f"^{argument}: "):
         agent_lora(**(arguments | change))
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = (7, 5), (2, 3, 5), (2, 6, 3)
+    return tuple(torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_prepared_rows_give_the_same_bits(dtype: torch.dtype) -> None:
+    ids = torch.tensor([0, 1, -1, 1, 0, 5, 1], dtype=torch.int8)
+    rows = AgentRows(ids, 2)
+    found = []
+    for agent_ids in (ids, rows, rows):
+        leaves = inputs(dtype)
+        out = agent_lora(*leaves, agent_ids, 2.0)
+        found.append((out.detach(), *torch.autograd.grad(out.square().sum(), leaves)))
+        with torch.no_grad():
+            assert torch.equal(agent_lora(*leaves, agent_ids, 2.0), out)
+    assert all(torch.equal(one, other) for again in found[1:] for one, other in zip(found[0], again, strict=True))
+    assert rows.mask(3, dtype.itemsize) is rows.mask(3, dtype.itemsize)
+
+
+def test_a_broken_adapter_stays_with_its_agent() -> None:
+    x, a, b = (leaf.detach() for leaf in inputs())
+    a[1, 0] = torch.nan
+    ids = torch.tensor([0, 1, 0, 1, 0, 0, -1])
+    broken = agent_lora(x, a, b, ids, 1.0)
+    assert torch.equal(broken.isnan().any(1), ids == 1) and not broken[6].any()
+
+
+def test_prepared_for_another_number_of_agents() -> None:
+    with pytest.raises(ValueError, match="^agent_ids: prepared for 3 agents, a has 2$"):
+        agent_lora(*inputs(), AgentRows(torch.zeros(7, dtype=torch.int8), 3), 1.0)
+    with pytest.raises(ValueError, match="^num_agents: "):
+        AgentRows(torch.zeros(7, dtype=torch.int8), 0)
+
+
+def test_compiles_without_a_break_and_ignores_autocast() -> None:
+    ids = torch.tensor([0, 1, -1, 1, 0, 5, 1])
+    compiled = torch.compile(agent_lora, fullgraph=True, backend="aot_eager")
+    found = []
+    for function in (agent_lora, compiled):
+        leaves = inputs()
+        out = function(*leaves, ids, 2.0)
+        found.append((out.detach(), *torch.autograd.grad(out.square().sum(), leaves)))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(agent_lora(*inputs(), ids, 2.0), found[0][0])

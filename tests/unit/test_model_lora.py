@@ -12,6 +12,7 @@ from coars_fast.errors import ConfigError
 from coars_fast.model.attention import PackedAttention
 from coars_fast.model.decoder import Decoder, DecoderConfig
 from coars_fast.model.lora import LoraLinear, adapter_parameters, adapter_state, add_adapters, load_adapter_state
+from coars_kernels import AgentRows
 
 CONFIG = DecoderConfig(
     family="qwen3",
@@ -40,16 +41,33 @@ def fresh(*, noise: bool = False) -> Decoder:
     return decoder
 
 
-def run(decoder: Decoder, agent_ids: torch.Tensor | None) -> torch.Tensor:
+def run(decoder: Decoder, agent_ids: torch.Tensor | None, *, by_name: bool = False) -> torch.Tensor:
     token_ids = torch.randint(0, 50, (sum(LENGTHS),), generator=torch.Generator().manual_seed(3))
     position_ids = torch.cat([torch.arange(length) for length in LENGTHS])
     bounds = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+    if by_name:
+        return decoder(token_ids, position_ids, PackedAttention(bounds), agent_ids=agent_ids)
     return decoder(token_ids, position_ids, PackedAttention(bounds), agent_ids)
 
 
 def test_fresh_adapters_change_nothing() -> None:
     decoder = fresh()
     assert torch.equal(run(decoder, AGENTS), run(decoder, None))
+
+
+def test_a_forward_pass_makes_one_mask_for_all_projections(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[AgentRows] = []
+    make = AgentRows.__init__
+
+    def remembered(rows: AgentRows, *given: Any) -> None:
+        make(rows, *given)
+        made.append(rows)
+
+    monkeypatch.setattr(AgentRows, "__init__", remembered)
+    decoder = fresh(noise=True)
+    by_place = run(decoder, AGENTS)
+    by_name = run(copy.deepcopy(decoder), AGENTS, by_name=True)
+    assert torch.equal(by_place, by_name) and len(made) == 2 and all(len(rows._masks) == 1 for rows in made)
 
 
 def test_each_row_gets_its_own_agents_update_only() -> None:

@@ -1,5 +1,5 @@
 """Both agents' low-rank adapters applied to one packed batch."""
 
-from coars_kernels.agent_lora.op import agent_lora
+from coars_kernels.agent_lora.op import AgentRows, agent_lora
 
-__all__ = ["agent_lora"]
+__all__ = ["AgentRows", "agent_lora"]
