@@ -10,6 +10,7 @@ from coars_kernels.branch_attention import branch_attention
 from coars_kernels.checks import checked_values
 from coars_kernels.credit_policy_loss import CreditOptions, credit_policy_loss
 from coars_kernels.fused_credit_loss import FusedCreditLoss, fused_credit_loss
+from coars_kernels.fused_linear_divergence import fused_linear_divergence
 from coars_kernels.linear_logprob import linear_logprob
 from coars_kernels.paged_decode_attention import PrefixGroups, paged_decode_attention
 from coars_kernels.paged_prefill_attention import paged_prefill_attention
@@ -29,6 +30,7 @@ __all__ = [
     "checked_values",
     "credit_policy_loss",
     "fused_credit_loss",
+    "fused_linear_divergence",
     "linear_logprob",
     "paged_decode_attention",
     "paged_prefill_attention",

@@ -198,6 +198,7 @@ OPERATIONS: dict[str, Callable[[], tuple[str, str]]] = {
     "paired_linear_logprob": lambda: _head("student and teacher"),
     "credit_policy_loss": _credit,
     "fused_credit_loss": _both,
+    "fused_linear_divergence": lambda: _everywhere_torch("on every device: products of the library by chunks of rows"),
     "sample_with_logprob": lambda: _everywhere_torch("on every device: noise by counter and an argmax, no kernel yet"),
     "paged_decode_attention": lambda: _paged("one to three launches, with splits merged by log-sum-exp"),
     "paged_prefill_attention": lambda: _paged("one launch"),

@@ -40,7 +40,7 @@ def test_every_example_runs() -> None:
         "row_offsets": torch.tensor([0, 3, 5]).int(), "prefix_length": torch.tensor([2, 0]).int(),
     }  # fmt: skip
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 10
+    assert len(blocks) == 11
     setup, *examples = blocks
     for block in examples:
         body.weight.grad = None
