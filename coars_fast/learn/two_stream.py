@@ -20,8 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from coars_fast.learn.packing import PackedBatch, teacher_inputs
 from coars_fast.model.attention import Attend, PackedAttention, varlen_attention
 from coars_fast.model.decoder import Decoder
-from coars_kernels import branch_attention
+from coars_kernels import AgentRows, branch_attention
 from coars_kernels.dispatch import has_triton
+
+NUM_AGENTS = 2
 
 
 class TrunkAttention:
@@ -104,7 +106,7 @@ def two_stream(
     Returns:
         [R, H] of the student, with gradient unless that is off, and [R, H] of the teacher, without, or None.
     """
-    trunk_agents = batch.agent_ids if adapters else None
+    trunk_agents = AgentRows(batch.agent_ids, NUM_AGENTS) if adapters else None
     attend = TrunkAttention(PackedAttention(batch.cu_seqlens, backend=backend))
     hidden, rope = decoder.embed(batch.token_ids), decoder.rope(batch.position_ids)
     branches = _Branches(decoder, batch, attend, adapters=adapters, backend=backend) if teacher else None
@@ -131,7 +133,7 @@ class _Branches:
         self.decoder, self.batch = decoder, batch
         self.attend = BranchAttention(batch, trunk, backend=backend)
         agents = batch.turn_agent.repeat_interleave(batch.cu_branch.diff().long())
-        self.agent_ids = agents if adapters else None
+        self.agent_ids = AgentRows(agents, NUM_AGENTS) if adapters else None
         with torch.no_grad():
             self.hidden = decoder.embed(batch.branch_tokens)
             self.rope = decoder.rope(batch.branch_positions)
