@@ -1,19 +1,16 @@
 """MovieLens as an implicit-feedback data set: who took what, and when.
 
-Reads both public layouts: `movies.csv` + `ratings.csv` (ml-latest*, ml-20m, ml-25m, ml-32m; UTF-8) and `movies.dat` +
-`ratings.dat` with `::` (ml-1m: Latin-1, ml-10m: UTF-8). As in the sequential-recommendation literature every rating
-counts as an interaction, whatever its value; genres, tags and links are left out, and so are movies that nobody rated.
-
-A user's items stand in order of (timestamp, movieId), because many timestamps are tied; of two ratings of the same
-movie by the same user the first counts. Movie titles stay as they are ("Matrix, The (1999)") but on one line and
-unique. Ratings of movies that the movie file lacks are dropped with a warning, or an error if more than 1 in 10.
+Reads all public layouts: `movies.csv` + `ratings.csv` (ml-latest*, ml-20m, ml-25m, ml-32m; UTF-8), `movies.dat` +
+`ratings.dat` with `::` (ml-1m: Latin-1, ml-10m: UTF-8) and `u.item` + `u.data` (ml-100k: Latin-1). As in the
+sequential-recommendation literature every rating counts as an interaction, whatever its value; genres, tags and links
+are left out. Movie titles stay as they are ("Matrix, The (1999)") but on one line and unique. Order, repetitions and
+unknown movies: see :mod:`coars_fast.data.table`.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,11 +20,9 @@ from typing import NoReturn
 import numpy as np
 
 from coars_fast.data.records import Dataset
-from coars_fast.data.titles import unique_titles
+from coars_fast.data.table import Table, Titles, assemble, found_in
 from coars_fast.errors import DataError, MissingDataError
 
-_LOG = logging.getLogger(__name__)
-_MAX_UNKNOWN_SHARE = 0.1
 _DOWNLOAD = "get a data set from https://grouplens.org/datasets/movielens/ and unpack it there"
 _RATING_FIELDS = ("userId", "movieId", "rating", "timestamp")
 _INT64 = np.iinfo(np.int64)
@@ -38,13 +33,21 @@ class _Layout:
     movies: str
     ratings: str
     separator: str
+    """Between the fields of a rating."""
+    movie_separator: str
     has_header: bool
 
 
 _LAYOUTS = (
-    _Layout("movies.csv", "ratings.csv", ",", True),
-    _Layout("movies.dat", "ratings.dat", "::", False),
+    _Layout("movies.csv", "ratings.csv", ",", ",", True),
+    _Layout("movies.dat", "ratings.dat", "::", "::", False),
+    _Layout("u.item", "u.data", "\t", "|", False),
 )
+
+
+def is_movielens(folder: Path) -> bool:
+    """Whether both files of a layout are there."""
+    return any((folder / layout.movies).is_file() and (folder / layout.ratings).is_file() for layout in _LAYOUTS)
 
 
 def load_movielens(folder: str | Path) -> Dataset:
@@ -58,27 +61,22 @@ def load_movielens(folder: str | Path) -> Dataset:
     folder = Path(folder)
     layout = _find_layout(folder)
     titles = _read_movies(folder / layout.movies, layout)
-    users, movies = _order(*_read_ratings(folder / layout.ratings, layout))
-    known = np.isin(movies, np.fromiter(titles, dtype=np.int64, count=len(titles)))
-    if num_unknown := int((~known).sum()):
-        first = int(movies[np.argmin(known)])
-        text = (
-            f"{folder / layout.ratings}: {num_unknown} of {len(movies)} interactions are with movies that "
-            f"{layout.movies} lacks (such as movieId {first})"
-        )
-        if num_unknown > _MAX_UNKNOWN_SHARE * len(movies):
-            raise DataError(f"{text}; are the two files of the same data set?")
-        _LOG.warning("%s; they are dropped", text)
-        users, movies = users[known], movies[known]
+    users, movies, times = _read_ratings(folder / layout.ratings, layout)
     movie_ids, items = np.unique(movies, return_inverse=True)
-    user_ids, starts = np.unique(users, return_index=True)
-    item_ids = tuple(str(i) for i in movie_ids.tolist())
-    return Dataset(
+    user_ids, numbers = np.unique(users, return_inverse=True)
+    table = Table(
+        users=numbers,
+        items=items,
+        times=times,
+        user_ids=tuple(map(str, user_ids.tolist())),
+        item_ids=tuple(map(str, movie_ids.tolist())),
+    )
+    return assemble(
+        table,
+        Titles(file=layout.movies, of={str(movie): title for movie, title in titles.items()}),
         name=folder.resolve().name,
-        titles=unique_titles([titles[i] for i in movie_ids.tolist()], item_ids),
-        sequences=tuple(tuple(part.tolist()) for part in np.split(items, starts[1:])),
-        user_ids=tuple(str(u) for u in user_ids.tolist()),
-        item_ids=item_ids,
+        layout="movielens",
+        files=(folder / layout.ratings, folder / layout.movies),
     )
 
 
@@ -90,16 +88,15 @@ def _find_layout(folder: Path) -> _Layout:
     for layout in _LAYOUTS:
         if (folder / layout.movies).is_file() and (folder / layout.ratings).is_file():
             return layout
-    names = sorted(path.name for path in folder.iterdir())
-    found = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "") or "nothing"
     raise MissingDataError(
-        f"{folder}: expected movies.csv and ratings.csv, or movies.dat and ratings.dat; found {found}. "
+        f"{folder}: expected movies.csv and ratings.csv, or movies.dat and ratings.dat, or u.item and u.data; found "
+        f"{found_in(folder)}. "
         f"Point --data.path at the folder that holds both files, or {_DOWNLOAD}"
     )
 
 
 def _decode(path: Path, layout: _Layout) -> str:
-    """The text of a file: UTF-8, with or without a byte-order mark; a `.dat` file that is not is Latin-1."""
+    """The text of a file: UTF-8, with or without a byte-order mark; a file without a header that is not is Latin-1."""
     data = path.read_bytes()
     try:
         return data.decode("utf-8-sig")
@@ -149,9 +146,11 @@ def _dat_rows(path: Path, layout: _Layout) -> Iterator[tuple[int, list[str]]]:
     for line, text in enumerate(_decode(path, layout).split("\n"), 1):
         text = text.rstrip("\r")
         if text:
-            # A title may hold "::" itself: the id stands before the first, the genres after the last.
-            movie, _, rest = text.partition(layout.separator)
-            yield line, [movie, rest.rpartition(layout.separator)[0] if layout.separator in rest else rest]
+            movie, separator, rest = text.partition(layout.movie_separator)
+            if layout.movie_separator == "|":  # date, link and genre flags follow
+                yield line, [movie, rest.partition("|")[0]] if separator else [movie]
+            else:  # A title may hold "::" itself: the id stands before the first, the genres after the last.
+                yield line, [movie, rest.rpartition("::")[0] if "::" in rest else rest]
 
 
 def _read_ratings(path: Path, layout: _Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -210,17 +209,6 @@ def _explain_ratings(path: Path, layout: _Layout, columns: tuple[int, ...], caus
                     f"{path}, line {line}: rating should be a number, found {row[column][:60]!r}"
                 ) from cause
     raise DataError(f"{path}: not readable as ratings ({cause})") from cause
-
-
-def _order(users: np.ndarray, movies: np.ndarray, timestamps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Users and movies sorted by (user, timestamp, movieId), each pair's first interaction only."""
-    order = np.lexsort((movies, timestamps, users))
-    users, movies = users[order], movies[order]
-    by_pair = np.lexsort((movies, users))  # stable: within a pair the earliest stays first
-    later = np.zeros(len(users), dtype=bool)
-    first, second = by_pair[:-1], by_pair[1:]
-    later[second] = (users[first] == users[second]) & (movies[first] == movies[second])
-    return users[~later], movies[~later]
 
 
 def _find_columns(path: Path, header: list[str], wanted: tuple[str, ...]) -> tuple[int, ...]:

@@ -2,7 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What the files of a data set held, and what was left out of it: nothing goes unseen."""
+
+    format: str
+    """Layout that was read, as `data.format` calls it."""
+    files: tuple[str, ...]
+    rows: int
+    """Interactions in the files."""
+    ordered_by: str
+    """`timestamp`, or `file` where there is none and the order of the rows counts."""
+    left_out: tuple[tuple[str, int], ...] = ()
+    """(what, how many), in the order in which it was left out."""
+    tied: int = 0
+    """Interactions at the same time as another one of the same user."""
+    tied_last_users: int = 0
+    """Users whose last two interactions are tied, so that the item's id says which one is held out."""
+    untitled: int = 0
+    """Items that the files list without a title; they are called `Untitled [id]`."""
+    altered_titles: int = 0
+    """Items whose title was folded to one line, cut, or told apart from an equal one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +41,10 @@ class Dataset:
     """The data set's own name of user u."""
     item_ids: tuple[str, ...]
     """The data set's own name of item i."""
+    test_users: tuple[int, ...] = ()
+    """Users that the data set itself sets apart for evaluation, ascending; empty: `data.eval_seed` draws them."""
+    reading: Reading | None = field(default=None, compare=False)
+    """How it was read; None for what was not read from files."""
 
     @property
     def num_items(self) -> int:

@@ -1,9 +1,12 @@
-"""Titles as agents can name them: one line each, never empty, all different."""
+"""Titles as agents can name them: one line each, never empty, not endless, all different."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
+
+MAX_TITLE = 200
+"""Characters that are kept of a title; a shop's may run to thousands, and 20 of them stand in one prompt."""
 
 
 def fold_title(text: str) -> str:
@@ -19,14 +22,17 @@ def fold_title(text: str) -> str:
 
 
 def unique_titles(titles: Sequence[str], item_ids: Sequence[str]) -> tuple[str, ...]:
-    """Fold all titles and tell equal ones apart: `Untitled [id]` for an empty one, ` [id]` after one that an earlier
-    item has (letter case aside, since a reply may name an item in any case)."""
+    """Fold all titles, cut long ones, and tell equal ones apart: `Untitled [id]` for an empty one, ` [id]` after one
+    that an earlier item has (letter case aside, since a reply may name an item in any case)."""
     taken: set[str] = set()
     result = []
     for text, item_id in zip(titles, item_ids, strict=True):
-        title = fold_title(text) or f"Untitled [{item_id}]"
+        name = fold_title(item_id)
+        title = fold_title(text) or f"Untitled [{name}]"
+        if len(title) > MAX_TITLE:
+            title = title[: MAX_TITLE - 1].rstrip() + "…"
         while title.casefold() in taken:
-            title = f"{title} [{item_id}]"
+            title = f"{title} [{name}]"
         taken.add(title.casefold())
         result.append(title)
     return tuple(result)

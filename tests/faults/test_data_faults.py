@@ -102,9 +102,7 @@ def test_no_ratings_wrong_header_and_foreign_movies(tmp_path: Path):
     with pytest.raises(DataError, match=r"ratings.csv, line 1: expected a header with userId"):
         load_movielens(tmp_path)
     folder_of(tmp_path, {"ratings.csv": HEADER + b"1,1,3.0,4\n1,77,3.0,4\n"})
-    with pytest.raises(
-        DataError, match=r"1 of 2 interactions are with movies that movies.csv lacks \(such as movieId 77"
-    ):
+    with pytest.raises(DataError, match=r"1 of 2 interactions are with items that movies.csv lacks \(such as 77"):
         load_movielens(tmp_path)
 
 
