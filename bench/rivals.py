@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.harness import FULL, SIXTEEN_BIT_LOGITS
+from coars_kernels.linear_logprob.sweep import choose_chunk_rows
 
 Logprob = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(hidden [R, H], weight [V, H], target [R]) -> log-probs [R], differentiable."""
@@ -57,7 +59,7 @@ class Rival:
         try:
             return f"{self.package} {importlib.metadata.version(self.package)}"
         except importlib.metadata.PackageNotFoundError:
-            return self.package
+            return f"{self.package}, not installed"
 
     def missing(self, *, compile_here: bool = True) -> str:
         """Why it cannot run here; empty if it can."""
@@ -105,24 +107,31 @@ def eager_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tenso
     return -F.cross_entropy(F.linear(hidden, weight).float(), target, reduction="none")
 
 
+def eager_mean(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Logits and mean cross-entropy."""
+    return F.cross_entropy(F.linear(hidden, weight).float(), target)
+
+
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`torch.compile` of a function, once for all cases; shapes may change."""
     return torch.compile(function, dynamic=None)
 
 
-def _torch_linear_cross_entropy() -> Logprob:
-    options = torch.nn.LinearCrossEntropyOptions()
+def _torch_linear_cross_entropy(reduction: str, *, large_chunks: bool) -> Callable[[], Logprob]:
+    """With the chunks that torch chooses, some dozens of rows, or with those that we take."""
 
-    def logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return -F.linear_cross_entropy(hidden, weight, target, reduction="none", options=options).float()
+    def load() -> Logprob:
+        make_options = torch.nn.LinearCrossEntropyOptions  # not before torch 2.13
 
-    return logprob
+        def loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+            rows = {"batch_chunk_size": choose_chunk_rows(weight)} if large_chunks else {}
+            options = make_options(**rows)
+            return F.linear_cross_entropy(hidden, weight, target, reduction=reduction, options=options).float()
 
+        return (lambda *inputs: -loss(*inputs)) if reduction == "none" else loss
 
-def _torch_linear_cross_entropy_mean() -> MeanLoss:
-    options = torch.nn.LinearCrossEntropyOptions()
-    return lambda hidden, weight, target: F.linear_cross_entropy(hidden, weight, target, options=options).float()
+    return load
 
 
 def _trl() -> Logprob:
@@ -173,7 +182,14 @@ HEAD: Sequence[Rival] = (
     Rival(
         "torch.compile", "torch", lambda: compiled(eager_log_softmax), compiles=True, precision=SIXTEEN_BIT_LOGITS
     ),
-    Rival("torch linear_cross_entropy", "torch", _torch_linear_cross_entropy, precision=SIXTEEN_BIT_LOGITS),
+    Rival(
+        "torch linear_cross_entropy", "torch", _torch_linear_cross_entropy("none", large_chunks=False),
+        precision=SIXTEEN_BIT_LOGITS,
+    ),
+    Rival(
+        "torch linear_cross_entropy, larger chunks", "torch", _torch_linear_cross_entropy("none", large_chunks=True),
+        precision=SIXTEEN_BIT_LOGITS,
+    ),
     Rival("TRL chunked log-prob", "trl", _trl, precision=SIXTEEN_BIT_LOGITS),
     Rival(
         "cut-cross-entropy", "cut-cross-entropy", _cut_cross_entropy("cce"), needs_gpu=True,
@@ -188,8 +204,14 @@ HEAD: Sequence[Rival] = (
 """Per-token log-probs, so any per-token loss."""
 
 MEAN: Sequence[Rival] = (
+    Rival("eager cross_entropy", "torch", lambda: eager_mean, precision=SIXTEEN_BIT_LOGITS),
+    Rival("torch.compile", "torch", lambda: compiled(eager_mean), compiles=True, precision=SIXTEEN_BIT_LOGITS),
     Rival(
-        "torch linear_cross_entropy", "torch", _torch_linear_cross_entropy_mean,
+        "torch linear_cross_entropy", "torch", _torch_linear_cross_entropy("mean", large_chunks=False),
+        precision=SIXTEEN_BIT_LOGITS,
+    ),
+    Rival(
+        "torch linear_cross_entropy, larger chunks", "torch", _torch_linear_cross_entropy("mean", large_chunks=True),
         precision=SIXTEEN_BIT_LOGITS,
     ),
     Rival(
@@ -208,31 +230,70 @@ MEAN: Sequence[Rival] = (
 """Mean cross-entropy only: their gradients are made in the forward pass for a loss that is that mean."""
 
 
-def _liger_grpo() -> Callable[..., Tensor]:
-    loss = importlib.import_module("liger_kernel.chunked_loss").LigerFusedLinearGRPOLoss
-    made = loss(beta=0.0, compiled=False, use_ref_model=False, chunk_size=1, loss_type="grpo")
+def _liger_grpo(*, turns: int, compiled: bool) -> Callable[[], Callable[..., Tensor]]:
+    def load() -> Callable[..., Tensor]:
+        loss = importlib.import_module("liger_kernel.chunked_loss").LigerFusedLinearGRPOLoss
+        made = loss(beta=0.0, compiled=compiled, use_ref_model=False, chunk_size=turns, loss_type="grpo")
 
-    def grpo(hidden: Tensor, weight: Tensor, target: Tensor, behaviour_logp: Tensor, reward: Tensor) -> Tensor:
-        """Turns of one length are the rows of its batch, [M, T]."""
-        num_turns = reward.shape[0]
-        mask = torch.ones(num_turns, target.shape[0] // num_turns, device=hidden.device)
-        found = made(
-            hidden.view(num_turns, -1, hidden.shape[1]),
-            weight,
-            target.view(num_turns, -1),
-            mask,
-            reward,
-            old_per_token_logps=behaviour_logp.view(num_turns, -1),
-        )
-        return found[0]
+        def grpo(hidden: Tensor, weight: Tensor, target: Tensor, behaviour_logp: Tensor, reward: Tensor) -> Tensor:
+            """Turns of one length are the rows of its batch, [M, T]."""
+            num_turns = reward.shape[0]
+            mask = torch.ones(num_turns, target.shape[0] // num_turns, device=hidden.device)
+            found = made(
+                hidden.view(num_turns, -1, hidden.shape[1]),
+                weight,
+                target.view(num_turns, -1),
+                mask,
+                reward,
+                old_per_token_logps=behaviour_logp.view(num_turns, -1),
+            )
+            return found[0]
 
-    return grpo
+        return grpo
+
+    return load
 
 
-LIGER_GRPO = Rival("Liger fused linear GRPO", "liger-kernel", _liger_grpo, precision=SIXTEEN_BIT_LOGITS)
-"""Sequence advantages only, so it fits a case without a teacher whose turns have one length. Its own compilation is
-off: chunks are turns here, and compiling is timed elsewhere."""
+LIGER_GRPO: Sequence[Rival] = (
+    Rival(
+        "Liger fused linear GRPO", "liger-kernel", _liger_grpo(turns=1, compiled=False), precision=SIXTEEN_BIT_LOGITS
+    ),
+    Rival(
+        "Liger fused linear GRPO, 8 turns a chunk", "liger-kernel", _liger_grpo(turns=8, compiled=False),
+        precision=SIXTEEN_BIT_LOGITS,
+    ),
+    Rival(
+        "Liger fused linear GRPO, its torch.compile", "liger-kernel", _liger_grpo(turns=1, compiled=True),
+        compiles=True, precision=SIXTEEN_BIT_LOGITS,
+    ),
+)  # fmt: skip
+"""Sequence advantages only, so they fit a case without a teacher whose turns have one length. One turn a chunk is its
+default, and so is its own compilation."""
 
-LIGER_JSD = Rival("Liger fused linear JSD", "liger-kernel", lambda: eager_log_softmax)
-"""For the table only: see `OTHER_QUANTITY`."""
-OTHER_QUANTITY = "computes another quantity: a divergence over the whole vocabulary, no log-probs of given tokens"
+
+def _liger_jsd() -> Callable[..., Tensor]:
+    loss = importlib.import_module("liger_kernel.chunked_loss").LigerFusedLinearJSDLoss
+    made = loss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5, compiled=False)
+
+    def divergence(student: Tensor, teacher: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return made(student, weight, teacher, weight, target)
+
+    return divergence
+
+
+def eager_jensen_shannon(student: Tensor, teacher: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Both logits, then the mean divergence."""
+    del target
+    log_p, log_t = (torch.log_softmax(F.linear(hidden, weight).float(), -1) for hidden in (student, teacher))
+    log_m = torch.logaddexp(log_p, log_t) - math.log(2.0)
+    return (log_p.exp() * (log_p - log_m) + log_t.exp() * (log_t - log_m)).sum(-1).mean() / 2
+
+
+MEAN_DIVERGENCE: Sequence[Rival] = (
+    Rival("eager, full logits", "torch", lambda: eager_jensen_shannon, precision=SIXTEEN_BIT_LOGITS),
+    Rival(
+        "torch.compile", "torch", lambda: compiled(eager_jensen_shannon), compiles=True, precision=SIXTEEN_BIT_LOGITS
+    ),
+    Rival("Liger fused linear JSD", "liger-kernel", _liger_jsd, precision=SIXTEEN_BIT_LOGITS),
+)
+"""Mean Jensen-Shannon divergence of student and teacher, (student, teacher, weight, target) -> scalar."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from bench import rivals
 from bench.harness import Case, Result, Variant
 from bench.presets import Preset
-from coars_kernels import __version__, agent_lora
+from coars_kernels import AgentRows, __version__, agent_lora
 from coars_kernels.agent_lora.reference import agent_lora_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,6 +39,8 @@ class Mixed:
     b: Tensor
     agents: Tensor
     upstream: Tensor
+    rows: AgentRows | None = None
+    """Made by the variant that is given it."""
 
 
 def make_mixed(rows: int, width: int, rank: int, dtype: torch.dtype) -> Callable[[int], Mixed]:
@@ -69,6 +71,13 @@ def lora_run(function: Lora) -> Callable[[Mixed], Result]:
         return {"out": out.detach()} | dict(zip(names, gradients, strict=True))
 
     return run
+
+
+def prepared(case: Mixed) -> Result:
+    """As a model with many layers calls it: what depends on the ids alone was made before."""
+    if case.rows is None:
+        case.rows = AgentRows(case.agents, case.a.shape[0])
+    return lora_run(lambda x, a, b, _, scale: agent_lora(x, a, b, case.rows, scale))(case)
 
 
 def rows_by_agent(x: Tensor, a: Tensor, b: Tensor, agents: Tensor, scale: float) -> Tensor:
@@ -115,6 +124,7 @@ def cases(preset: Preset) -> list[Case]:
         gathered, limit = 4 * rows * width * rank * dtype.itemsize, 2**33 if DEVICE == "cuda" else 2**25
         too_large = f"its gathered factors alone take {gathered / 2**20:.0f} MiB" if gathered > limit else ""
         variants = [
+            Variant("agent_lora, rows prepared", prepared, "ours", f"coars_kernels {__version__}"),
             Variant("agent_lora", lora_run(agent_lora), "ours", f"coars_kernels {__version__}"),
             Variant("one adapter after the other, masked", lora_run(agent_lora_reference)),
             Variant("rows picked by agent (as PEFT)", lora_run(rows_by_agent)),

@@ -3,14 +3,15 @@
     python -m pytest bench/test_credit_policy_loss.py
 
 The floor is memory traffic: three fp32 inputs read and one gradient written once per token, at the bandwidth of a copy
-in the same run. All compute the same clipped loss with the same credit; on a CPU ours is plain torch too. Left out: the
-other objectives.
+in the same run. All compute the same clipped loss with the same credit; on a CPU ours is plain torch too. Loss and
+gradient are checked here, the metrics in the tests. Left out: the other objectives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -62,15 +63,32 @@ def loss_run(function: Callable[..., tuple[Tensor, dict[str, Tensor]]]) -> Calla
     return run
 
 
-def padded_eager(case: Tokens) -> Result:
-    """As trainers write it: [M, T] padded tensors (here all turns have one length), no metrics."""
+def padded_eager(case: Tokens, *, metrics: bool) -> Result:
+    """As trainers write it: [M, T] padded tensors (here all turns have one length). The metrics are those that ours
+    returns, from the tensors that are there."""
     shape = (case.reward.shape[0], TURN)
     logp, teacher, behaviour = (x.view(shape) for x in (case.logp, case.teacher, case.behaviour))
-    advantage = case.reward[:, None] + 0.1 * (teacher - logp.detach()).clamp(-1.0, 1.0)
-    ratio = torch.exp(logp - behaviour)
+    raw = teacher - logp.detach()
+    credit = raw.clamp(-1.0, 1.0)
+    advantage = case.reward[:, None] + 0.1 * credit
+    log_ratio = logp - behaviour
+    ratio = torch.exp(log_ratio)
     term = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
     loss = -(term.sum(1) / TURN).mean()
-    return {"loss": loss.detach(), "grad": torch.autograd.grad(loss, case.logp)[0]}
+    found = {"loss": loss.detach(), "grad": torch.autograd.grad(loss, case.logp)[0]}
+    if metrics:
+        with torch.no_grad():
+            _padded_metrics(raw, credit, advantage, log_ratio, ratio)
+    return found
+
+
+def _padded_metrics(
+    raw: Tensor, credit: Tensor, advantage: Tensor, log_ratio: Tensor, ratio: Tensor
+) -> tuple[Tensor, ...]:
+    clipped = torch.where(advantage > 0, ratio > 1.2, (ratio < 0.8) & (advantage < 0))
+    columns = (clipped.float(), torch.expm1(log_ratio) - log_ratio, ratio, advantage, credit, credit.abs())
+    cut = (raw.abs() > 1.0).float()
+    return (*(column.mean() for column in (*columns, cut)), advantage.std(correction=0))
 
 
 def expected(case: Tokens, _: Result) -> dict[str, tuple[Tensor | None, Tensor]]:
@@ -87,7 +105,8 @@ def cases(preset: Preset) -> list[Case]:
         variants = [
             Variant("credit_policy_loss", loss_run(credit_policy_loss), "ours", f"coars_kernels {__version__}"),
             Variant("eager, packed, with metrics", loss_run(credit_policy_loss_reference)),
-            Variant("eager, padded, no metrics", padded_eager),
+            Variant("eager, padded, with metrics", partial(padded_eager, metrics=True)),
+            Variant("eager, padded, no metrics", partial(padded_eager, metrics=False)),
             Variant(
                 "torch.compile, packed, with metrics",
                 loss_run(lambda *values: rivals.compiled(credit_policy_loss_reference)(*values)),

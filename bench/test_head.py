@@ -3,7 +3,8 @@
     python -m pytest bench/test_head.py --preset cpu
 
 Forward and backward together: per-token log-probs under a per-token loss (frozen and trainable head), mean
-cross-entropy, student and teacher (`paired_linear_logprob`), and the whole head with credit and clipped loss
+cross-entropy, student and teacher (`paired_linear_logprob`), the mean divergence between both
+(`fused_linear_divergence`; its own file has one value a row), and the whole head with credit and clipped loss
 (`fused_credit_loss`), with sweeps over rows and vocabulary. Rivals that only give log-probs take our
 `credit_policy_loss` after them, so that the head alone differs. Every result is compared with float64 at full size, on
 the rows of a few turns. Left out: entropy, bias and temperature.
@@ -11,7 +12,7 @@ the rows of a few turns. Left out: entropy, bias and temperature.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,14 @@ from torch import Tensor
 from bench import rivals
 from bench.harness import Case, Result, Variant
 from bench.presets import Preset
-from coars_kernels import __version__, credit_policy_loss, fused_credit_loss, linear_logprob, paired_linear_logprob
+from coars_kernels import (
+    __version__,
+    credit_policy_loss,
+    fused_credit_loss,
+    fused_linear_divergence,
+    linear_logprob,
+    paired_linear_logprob,
+)
 from coars_kernels.credit_policy_loss.reference import credit_policy_loss_reference
 from coars_kernels.linear_logprob.reference import linear_logprob_reference
 
@@ -154,9 +162,19 @@ def ours_fused(teacher: bool) -> Callable[[Head], Result]:
     return run
 
 
-def liger_grpo(case: Head) -> Result:
-    loss = rivals.LIGER_GRPO.function()
-    return gradients(loss(case.student, case.weight, case.target, case.behaviour, case.reward), case)
+def grpo_run(loss: Callable[..., Tensor]) -> Callable[[Head], Result]:
+    """Student and clipped loss of a rival that has both in one."""
+    return lambda case: gradients(loss(case.student, case.weight, case.target, case.behaviour, case.reward), case)
+
+
+def divergence_run(divergence: Callable[..., Tensor]) -> Callable[[Head], Result]:
+    """Mean divergence of student and teacher."""
+    return lambda case: gradients(divergence(case.student, case.teacher, case.weight, case.target), case)
+
+
+def ours_divergence(student: Tensor, teacher: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    del target
+    return fused_linear_divergence(student, teacher, weight, kind="js").mean()
 
 
 # ------------------------------------------------------------------------------------------------------ what is right
@@ -191,6 +209,17 @@ def expected_logprob(mean: bool, teacher: bool) -> Callable[[Head, Result], Expe
         return found
 
     return expected
+
+
+def expected_divergence(case: Head, _: Result) -> Expected:
+    """Gradient of the mean Jensen-Shannon divergence on the checked rows, in float64."""
+    rows, weight = checked_rows(case), case.weight.detach().double()
+    chosen = case.student.detach()[rows].double().requires_grad_()
+    student, teacher = (torch.softmax(hidden @ weight.T, -1) for hidden in (chosen, case.teacher[rows].double()))
+    middle = (student + teacher) / 2
+    total = sum((p * (p / middle).log()).sum() for p in (student, teacher)) / 2
+    (gradient,) = torch.autograd.grad(total / case.target.shape[0], chosen)
+    return {"grad_hidden": (rows, gradient)}
 
 
 def exact_weight_gradient(case: Head, upstream: Tensor, tokens: Tensor) -> Tensor:
@@ -251,14 +280,24 @@ def products(count: int) -> Callable[[Head], Callable[[], None]]:
     return floor
 
 
-def head_variants(run: Callable[[rivals.Logprob], Callable[[Head], Result]], *, compile_here: bool) -> list[Variant]:
-    """Every rival that gives log-probs, in one kind of call."""
-    found = []
-    for rival in rivals.HEAD:
+def rival_variants(
+    found: Sequence[rivals.Rival],
+    run: Callable[[Callable[..., Tensor]], Callable[[Head], Result]],
+    *,
+    compile_here: bool,
+) -> list[Variant]:
+    """Rivals in one kind of call, absent ones too."""
+    variants = []
+    for rival in found:
         absent = rival.missing(compile_here=compile_here)
         function = (lambda case: {}) if absent else run(rival.function())
-        found.append(Variant(rival.name, function, "rival", rival.version, rival.precision, absent))
-    return found
+        variants.append(Variant(rival.name, function, "rival", rival.version, rival.precision, absent))
+    return variants
+
+
+def head_variants(run: Callable[[rivals.Logprob], Callable[[Head], Result]], *, compile_here: bool) -> list[Variant]:
+    """Every rival that gives log-probs, in one kind of call."""
+    return rival_variants(rivals.HEAD, run, compile_here=compile_here)
 
 
 def _case(name: str, op: str, preset: Preset, size: tuple[int, int, int], **fields) -> Case:
@@ -283,25 +322,21 @@ def _ours(run: Callable[[Head], Result], name: str) -> Variant:
     return Variant(name, run, "ours", OURS)
 
 
-def _mean_variants() -> list[Variant]:
-    found = [_ours(mean_run(lambda *inputs: -linear_logprob(*inputs).mean()), "linear_logprob, mean")]
-    eager = rivals.HEAD[1]
-    run = mean_run(lambda *inputs: -rivals.eager_cross_entropy(*inputs).mean())
-    found.append(Variant(eager.name, run, "rival", eager.version, eager.precision))
-    for rival in rivals.MEAN:
-        absent = rival.missing()
-        function = (lambda case: {}) if absent else mean_run(rival.function())
-        found.append(Variant(rival.name, function, "rival", rival.version, rival.precision, absent))
-    return found
+def _mean_variants(everywhere: bool) -> list[Variant]:
+    ours = _ours(mean_run(lambda *inputs: -linear_logprob(*inputs).mean()), "linear_logprob, mean")
+    return [ours, *rival_variants(rivals.MEAN, mean_run, compile_here=everywhere)]
+
+
+def _divergence_variants(everywhere: bool) -> list[Variant]:
+    ours = _ours(divergence_run(ours_divergence), "fused_linear_divergence, mean")
+    return [ours, *rival_variants(rivals.MEAN_DIVERGENCE, divergence_run, compile_here=everywhere)]
 
 
 def _grpo_variants(everywhere: bool) -> list[Variant]:
-    liger = rivals.LIGER_GRPO
-    absent = liger.missing()
     return [
         _ours(ours_fused(teacher=False), "fused_credit_loss"),
         *head_variants(clipped_run, compile_here=everywhere),
-        Variant(liger.name, liger_grpo, "rival", liger.version, liger.precision, absent),
+        *rival_variants(rivals.LIGER_GRPO, grpo_run, compile_here=everywhere),
     ]
 
 
@@ -309,10 +344,8 @@ def cases(preset: Preset) -> list[Case]:
     """The kinds of call at the main size, then the sweeps of the whole head."""
     size, main = KIND_SIZES[preset.name], SIZES[preset.name]
     everywhere = preset.name == "h100"  # on a CPU the compiler's time is spent on one kind of call
-    jsd = rivals.LIGER_JSD
-    paired = [_ours(ours_paired, "paired_linear_logprob"), *head_variants(paired_run, compile_here=everywhere)]
-    paired.append(Variant(jsd.name, lambda case: {}, "rival", jsd.version, absent=rivals.OTHER_QUANTITY))
     ours = [_ours(logprob_run(linear_logprob), "linear_logprob")]
+    paired = [_ours(ours_paired, "paired_linear_logprob"), *head_variants(paired_run, compile_here=everywhere)]
     found = [
         _case(
             "frozen head", "linear_logprob", preset, size, count=2, expected=expected_logprob(False, False),
@@ -325,11 +358,15 @@ def cases(preset: Preset) -> list[Case]:
         ),
         _case(
             "mean cross-entropy, frozen head", "linear_logprob", preset, size, count=2,
-            expected=expected_logprob(True, False), variants=_mean_variants(),
+            expected=expected_logprob(True, False), variants=_mean_variants(everywhere),
         ),
         _case(
             "student and teacher, frozen head", "paired_linear_logprob", preset, size, count=3,
             expected=expected_logprob(False, True), variants=paired,
+        ),
+        _case(
+            "mean Jensen-Shannon, frozen head", "fused_linear_divergence", preset, size, count=3,
+            expected=expected_divergence, variants=_divergence_variants(everywhere),
         ),
         _case(
             "no teacher, frozen head", "fused_credit_loss", preset, size, count=2, expected=expected_credit(False),

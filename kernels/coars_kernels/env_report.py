@@ -161,9 +161,9 @@ def _head(operation: str) -> tuple[str, str]:
 
 def _credit() -> tuple[str, str]:
     if not torch.cuda.is_available():
-        return "plain torch", f"{_no_cuda()}; the reference, differentiated by torch"
+        return "plain torch", f"{_no_cuda()}; blocks of turns that stay in the cache"
     if not has_triton(torch.empty(1, device="cuda")):
-        return "plain torch", "Triton is not installed; the reference, differentiated by torch"
+        return "plain torch", "Triton is not installed; blocks of turns that stay in the cache"
     return "Triton", "three or four small kernels; float64 log-probs take plain torch"
 
 
@@ -203,7 +203,7 @@ OPERATIONS: dict[str, Callable[[], tuple[str, str]]] = {
     "paged_decode_attention": lambda: _paged("one to three launches, with splits merged by log-sum-exp"),
     "paged_prefill_attention": lambda: _paged("one launch"),
     "branch_attention": _branches,
-    "agent_lora": lambda: _everywhere_torch("on every device: two dense products of the library, five launches"),
+    "agent_lora": lambda: _everywhere_torch("on every device: two dense products of the library, four launches"),
 }
 
 
