@@ -38,11 +38,11 @@ class DataConfig:
     """Who is recommended what: the data set, its split and the candidates."""
 
     path: str | None = None
-    """Folder of a MovieLens data set (`movies.csv` + `ratings.csv`, or `movies.dat` + `ratings.dat`). Default: the
+    """Folder of a data set, or its file of interactions where a folder holds several (docs/data.md). Default: the
     synthetic world."""
-    format: Literal["auto", "world", "movielens"] = "auto"
-    """`world`: the synthetic world; `movielens`: the folder `data.path`; `auto`: MovieLens where `data.path` is given,
-    otherwise the world."""
+    format: Literal["auto", "world", "movielens", "lastfm", "llara", "amazon", "recbole", "plain"] = "auto"
+    """`world`: the synthetic world; the others: the layout of `data.path`, `plain` being one's own `interactions.csv`
+    and `items.csv`; `auto`: by the files found there, or the world without `data.path`."""
     candidates: str = "random9+gt"
     """What the recommender chooses from. `topK`: SASRec's K best (truth possibly absent; the paper uses top20);
     `topK+gt`: the same, truth in place of the K-th where absent; `randomK+gt`: the truth and K items that the user has
@@ -330,7 +330,11 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "train.user_learning_rate_factor train.warmup_steps train.weight_decay sft.num_steps sft.finding_steps "
         "eval.every eval.num_samples eval.num_disc_users",
     ),
-    ("must lie between 0 and 1", lambda value: 0 <= value <= 1, "train.final_learning_rate loss.teacher_decay"),
+    (
+        "must lie between 0 and 1",
+        lambda value: 0 <= value <= 1,
+        "train.final_learning_rate loss.teacher_decay sft.popular_rate",
+    ),
     ("must be below 1", lambda value: value < 1, "loss.clip_low sasrec.dropout"),
     ("must be above 1", lambda value: value > 1, "loss.dual_clip"),
 )
@@ -370,8 +374,9 @@ def _contradictions(config: Config) -> list[str]:
     catalogue = model.tokenizer == "catalogue"
     rules = (
         (
-            data.format == "movielens" and data.path is None,
-            "data.format: movielens needs --data.path FOLDER, a MovieLens folder (movies.csv and ratings.csv, or .dat)",
+            data.format not in ("auto", "world") and data.path is None,
+            f"data.format: {data.format} needs --data.path FOLDER, "
+            + ("a MovieLens folder" if data.format == "movielens" else "the folder that holds the data set"),
         ),
         (
             data.format == "world" and data.path is not None,

@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 from coars_fast.config import Config
 from coars_fast.data.records import Dataset
 from coars_fast.errors import DataError
 
+_LOG = logging.getLogger(__name__)
+
 
 def load_dataset(config: Config) -> Dataset:
-    """The synthetic world or the MovieLens folder, as `data.format` says; without users and items of too few
-    interactions.
+    """The synthetic world or what `data.path` holds, as `data.format` says; without users and items of too few
+    interactions. What was left out of files is logged in one line.
 
     Raises:
-        MissingDataError, DataError: see :func:`coars_fast.data.movielens.load_movielens`; also if nothing is left.
+        MissingDataError, DataError: see :func:`coars_fast.data.formats.load`; also if nothing is left.
     """
-    data_format = config.data.format
-    if data_format == "auto":
-        data_format = "world" if config.data.path is None else "movielens"
-    if data_format == "world":
+    if config.data.format == "world" or config.data.path is None:
         from coars_fast.data.world import make_world
 
         dataset = make_world(config.world)
     else:
-        from coars_fast.data.movielens import load_movielens
+        from coars_fast.data.formats import load
 
-        assert config.data.path is not None, "config.check refuses it"
-        dataset = load_movielens(config.data.path)
-    return core(dataset, users=config.data.min_interactions, items=config.data.min_item_interactions)
+        dataset = load(Path(config.data.path), config.data.format)
+    dataset = core(dataset, users=config.data.min_interactions, items=config.data.min_item_interactions)
+    if dataset.reading is not None and dataset.reading.left_out:
+        _LOG.info("%s: left out: %s", dataset.name, describe_left_out(dataset))
+    return dataset
+
+
+def describe_left_out(dataset: Dataset) -> str:
+    """`3 users of fewer than 5 interactions, 2 repeated interactions`: all that is not there any more."""
+    left_out = dataset.reading.left_out if dataset.reading else ()
+    return ", ".join(f"{count:,} {what}" for what, count in left_out) or "nothing"
 
 
 def core(dataset: Dataset, *, users: int, items: int) -> Dataset:
@@ -55,10 +64,27 @@ def core(dataset: Dataset, *, users: int, items: int) -> Dataset:
         )
     left = [i for i in range(dataset.num_items) if taken[i] >= items]
     number = {item: n for n, item in enumerate(left)}
-    return replace(
+    test_users = set(dataset.test_users)
+    result = replace(
         dataset,
         titles=tuple(dataset.titles[i] for i in left),
         item_ids=tuple(dataset.item_ids[i] for i in left),
         sequences=tuple(tuple(number[i] for i in sequence) for sequence in sequences.values()),
         user_ids=tuple(dataset.user_ids[u] for u in sequences),
+        test_users=tuple(n for n, u in enumerate(sequences) if u in test_users),
     )
+    return _counted(dataset, result, users, items)
+
+
+def _counted(before: Dataset, after: Dataset, users: int, items: int) -> Dataset:
+    """`after`, its reading with what :func:`core` left out of `before`."""
+    if before.reading is None:
+        return after
+    lost = sum(map(len, before.sequences)) - sum(map(len, after.sequences))
+    counts = (
+        (f"users of fewer than {users} interactions", before.num_users - after.num_users),
+        (f"items of fewer than {items} interactions", before.num_items - after.num_items),
+        ("interactions with those users and items", lost),
+    )
+    left_out = before.reading.left_out + tuple((what, count) for what, count in counts if count)
+    return replace(after, reading=replace(before.reading, left_out=left_out))

@@ -4,7 +4,8 @@
                  SASRec, peers, warm start          `data.train_targets` items       the last item
 
 Nothing here has state: users and steps are drawn from keys, so a resumed run needs no saved random state. It leaves out
-a validation split: settings are chosen on another world or another `eval_seed`.
+a validation split: settings are chosen on another world or another `eval_seed`. Where a data set brings its own test
+users (LLaRA), those are evaluated instead of users drawn from all.
 """
 
 from __future__ import annotations
@@ -88,9 +89,12 @@ def make_split(dataset: Dataset, config: DataConfig) -> Split:
             f"{dataset.name}: {dataset.num_users} users are too few to evaluate some and train with others; lower "
             f"data.min_interactions (now {config.min_interactions}), or give a larger data set"
         )
-    num_eval = min(config.num_eval_users, most)
-    drawn = keyed_rng(Purpose.EVAL_USERS, config.eval_seed).permutation(dataset.num_users)[:num_eval].tolist()
-    held_out = set(drawn) if config.hold_out_users else set()
+    pool = np.array(dataset.test_users) if dataset.test_users else np.arange(dataset.num_users)
+    num_eval = min(config.num_eval_users, most, len(pool))
+    drawn = keyed_rng(Purpose.EVAL_USERS, config.eval_seed).permutation(pool)[:num_eval].tolist()
+    held_out = {*drawn, *dataset.test_users} if config.hold_out_users else set()
+    if len(held_out) == dataset.num_users:
+        raise DataError(f"{dataset.name}: all {dataset.num_users} users are set apart for evaluation; none is left")
     return Split(
         sequences=dataset.sequences,
         train_sequences=tuple(sequence[: -1 - config.train_targets] for sequence in dataset.sequences),

@@ -246,15 +246,19 @@ def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise DataError(f"{path}, line {line}: not readable as CSV ({error}); look for a stray quote") from error
 
 
-def find_column(header: Sequence[str], names: Sequence[str], path: Path, *, needed: bool = True) -> int | None:
-    """Index of the first of `names` in a header, letter case and `_` aside; None or a DataError without one."""
+def find_column(header: Sequence[str], names: Sequence[str], path: Path) -> int:
+    """Index of the first of `names` in a header, letter case and `_` aside; a DataError without one."""
+    column = optional_column(header, names)
+    if column is None:
+        raise DataError(f"{path}, line 1: expected a column {' or '.join(names)}, found {','.join(header)[:80]!r}")
+    return column
+
+
+def optional_column(header: Sequence[str], names: Sequence[str]) -> int | None:
+    """Like :func:`find_column`; None without one."""
     folded = [column.strip().casefold().replace("_", "") for column in header]
-    for name in names:
-        if name.casefold().replace("_", "") in folded:
-            return folded.index(name.casefold().replace("_", ""))
-    if not needed:
-        return None
-    raise DataError(f"{path}, line 1: expected a column {' or '.join(names)}, found {','.join(header)[:80]!r}")
+    wanted = (name.casefold().replace("_", "") for name in names)
+    return next((folded.index(name) for name in wanted if name in folded), None)
 
 
 def parse_time(text: str, path: Path, line: int) -> float:

@@ -1,0 +1,150 @@
+"""Amazon reviews of 2018 and 2023, one category: who reviewed what, when, and the products' titles.
+
+Reads what is published, packed (`.gz`) or not: reviews as JSON lines (2018: `Musical_Instruments.json.gz` or its 5-core
+`Musical_Instruments_5.json.gz`; 2023: `Musical_Instruments.jsonl.gz`) or ratings as CSV (2018: item, user, rating,
+timestamp without a header; 2023: with one), and `meta_<category>` beside it for the titles. Every review counts,
+whatever its rating. In 2023 an item is a `parent_asin`: colours and sizes of a product are one. Products that the
+metadata lack have no title that an agent could name and are dropped; what scraping left in a title (2018: HTML, pieces
+of JavaScript) is unescaped, or counts as no title.
+"""
+
+from __future__ import annotations
+
+import csv
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+from coars_fast.data.records import Dataset
+from coars_fast.data.table import Rows, Titles, assemble, found_in, parse_id, parse_time, text_lines
+from coars_fast.errors import DataError, MissingDataError
+
+_ENDINGS = (".json.gz", ".jsonl.gz", ".csv.gz", ".json", ".jsonl", ".csv")
+_META = "meta_"
+_SCRIPT = ("getTime", "function(", "<script", "var aPageStart")
+# In some categories the metadata of 2018 lack many of the products.
+_MAX_UNKNOWN_SHARE = 0.5
+_KEYS = (
+    ("reviewerID", "asin", "unixReviewTime"),  # 2018
+    ("user_id", "parent_asin", "timestamp"),  # 2023
+)
+
+
+def is_amazon(path: Path) -> bool:
+    """Whether a folder holds reviews with their metadata, or this is a file of reviews that has metadata beside it."""
+    return bool(_pairs(path))
+
+
+def load_amazon(path: str | Path) -> Dataset:
+    """Read one category: the folder that holds it alone, or its file of reviews.
+
+    Raises:
+        MissingDataError: no reviews, or no metadata beside them.
+        DataError: several categories in the folder, or a file is malformed; names the file and line.
+    """
+    path = Path(path)
+    pairs = _pairs(path)
+    if not pairs:
+        folder = path if path.is_dir() else path.parent
+        raise MissingDataError(
+            f"{path}: expected reviews such as Musical_Instruments.jsonl.gz and, beside them, "
+            f"meta_Musical_Instruments.jsonl.gz; found {found_in(folder)}"
+        )
+    if len(pairs) > 1:
+        names = ", ".join(reviews.name for reviews, _ in pairs)
+        raise DataError(f"{path}: several categories ({names}); point --data.path at one file of reviews")
+    reviews, meta = pairs[0]
+    rows = _read_ratings(reviews) if ".csv" in reviews.suffixes[-2:] else _read_reviews(reviews)
+    return assemble(
+        rows.table(),
+        _read_meta(meta, set(rows.table().item_ids)),
+        name=_category(reviews),
+        layout="amazon",
+        files=(reviews, meta),
+        max_unknown_share=_MAX_UNKNOWN_SHARE,
+    )
+
+
+def _pairs(path: Path) -> list[tuple[Path, Path]]:
+    """(reviews, metadata) of every category; of a category with a 5-core and all reviews, both."""
+    if path.is_file():
+        found = [path]
+    elif path.is_dir():
+        found = sorted(p for p in path.iterdir() if p.is_file() and p.name.endswith(_ENDINGS))
+    else:
+        return []
+    pairs = []
+    for reviews in found:
+        if reviews.name.startswith(_META) or not reviews.name.endswith(_ENDINGS):
+            continue
+        names = (f"{_META}{_category(reviews)}{ending}" for ending in _ENDINGS if "csv" not in ending)
+        meta = next((reviews.with_name(name) for name in names if reviews.with_name(name).is_file()), None)
+        if meta is not None:
+            pairs.append((reviews, meta))
+    return pairs
+
+
+def _category(path: Path) -> str:
+    """`Musical_Instruments` of `Musical_Instruments_5.json.gz`."""
+    name = next(path.name.removesuffix(ending) for ending in _ENDINGS if path.name.endswith(ending))
+    return name.removesuffix("_5")
+
+
+def _record(text: str, path: Path, line: int) -> dict[str, Any]:
+    try:
+        record = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{path}, line {line}: not JSON ({error}); found {text[:60]!r}") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{path}, line {line}: expected a JSON object, found {text[:60]!r}")
+    return record
+
+
+def _read_reviews(path: Path) -> Rows:
+    rows, keys = Rows(), None
+    for line, text in text_lines(path):
+        record = _record(text, path, line)
+        if keys is None:
+            keys = next((known for known in _KEYS if known[0] in record), None)
+        if keys is None or any(key not in record for key in keys):
+            expected = " or ".join(", ".join(known) for known in ([keys] if keys else _KEYS))
+            raise DataError(f"{path}, line {line}: expected a review with {expected}, found {text[:60]!r}")
+        user, item, time = (str(record[key]) for key in keys)
+        rows.add(parse_id(user, keys[0], path, line), parse_id(item, keys[1], path, line), parse_time(time, path, line))
+    return rows
+
+
+def _read_ratings(path: Path) -> Rows:
+    """Ratings without text: with a header (2023), or as item, user, rating, timestamp (2018)."""
+    rows, columns = Rows(), None
+    for line, text in text_lines(path):
+        row = next(csv.reader([text]))
+        if columns is None:
+            if "user_id" in row:
+                missing = [name for name in _KEYS[1] if name not in row]
+                if missing:
+                    raise DataError(f"{path}, line {line}: no column {', '.join(missing)} in {text[:80]!r}")
+                columns = [row.index(name) for name in _KEYS[1]]
+                continue
+            columns = [1, 0, 3]
+        if len(row) <= max(columns):
+            raise DataError(f"{path}, line {line}: expected {max(columns) + 1} fields, found {text[:60]!r}")
+        user, item, time = (row[column] for column in columns)
+        rows.add(parse_id(user, "user", path, line), parse_id(item, "item", path, line), parse_time(time, path, line))
+    return rows
+
+
+def _read_meta(path: Path, wanted: set[str]) -> Titles:
+    """Titles of the products that were reviewed; the others are most of the file."""
+    titles = Titles(file=path.name)
+    for line, text in text_lines(path):
+        record = _record(text, path, line)
+        item = str(record.get("parent_asin") or record.get("asin") or "")
+        if not item:
+            raise DataError(f"{path}, line {line}: expected a product with asin or parent_asin, found {text[:60]!r}")
+        if item in wanted:
+            title = record.get("title")
+            title = html.unescape(title) if isinstance(title, str) else ""
+            titles.add(item, "" if any(mark in title for mark in _SCRIPT) else title)
+    return titles
