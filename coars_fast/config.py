@@ -84,8 +84,13 @@ class SASRecConfig:
     """Dropout in training."""
     batch_size: int = 32
     """Users a step."""
+    similar_lengths: bool = False
+    """Batches of windows of like length: less padding, faster where `max_length` is large."""
     learning_rate: float = 4e-3
-    """Adam's learning rate."""
+    """Adam's learning rate; it falls to a twentieth over `num_epochs`."""
+    patience: int = 0
+    """Stop after so many epochs in which the ranking of validation items (the last one of each training part) did not
+    improve, and go back to the best; 0: train for `num_epochs` on everything."""
     seed: int = 0
     """Draws its weights, order and dropout; apart from the run's seed, so that runs share candidates."""
 
@@ -326,8 +331,8 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "must not be negative",
         lambda value: value >= 0,
         "seed world.seed sasrec.seed data.eval_seed data.min_item_interactions data.num_peers sasrec.num_epochs "
-        "sasrec.dropout game.alpha loss.credit_weight loss.kl_weight loss.clip_low loss.clip_high train.num_steps "
-        "train.user_learning_rate_factor train.warmup_steps train.weight_decay sft.num_steps sft.finding_steps "
+        "sasrec.patience sasrec.dropout game.alpha loss.credit_weight loss.kl_weight loss.clip_low loss.clip_high "
+        "train.num_steps train.user_learning_rate_factor train.warmup_steps train.weight_decay sft.num_steps sft.finding_steps "
         "eval.every eval.num_samples eval.num_disc_users",
     ),
     (

@@ -3,8 +3,8 @@
 A causal self-attention model of item sequences, trained with cross-entropy over the whole catalogue instead of the
 paper's one sampled negative (its known weakness). Sequences are cut into windows of `max_length`, of which each epoch
 draws a few per user: all of a long history is learned from in time, yet heavy users do not outweigh the others. Blocks
-are pre-norm, item embeddings are shared between input and output. It leaves out GPUs, early stopping and a validation
-set: it is a helper of the conversations, kept small enough for one CPU core.
+are pre-norm, item embeddings are shared between input and output. With `sasrec.patience` it stops early, by the last
+item of each training part. It leaves out GPUs: it is a helper of the conversations, kept small enough for CPU cores.
 
 Shapes: B sequences, L positions, H hidden size, V items, R predicted positions, U users.
 """
@@ -12,7 +12,7 @@ Shapes: B sequences, L positions, H hidden size, V items, R predicted positions,
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from safetensors.torch import save as encode_safetensors
 from torch import Tensor, nn
 
 from coars_fast.config import SASRecConfig
+from coars_fast.data.ranking import full_ranking
 from coars_fast.errors import ConfigError, DataError, MissingModelError, ModelError, NonFiniteError
 from coars_fast.state.files import atomic_write_bytes
 
@@ -31,6 +32,8 @@ Progress = Callable[[int, int, float], None]
 """Called after every epoch with (epochs done, epochs in all, mean loss in nats)."""
 
 _SOFTMAX_ROWS = 512  # logits of so many rows (20 MB at 10,000 items) stay in the cache of a core
+_SOFTMAX_LOGITS = 512 * 10_000  # a larger catalogue gets fewer rows
+_VALIDATION_USERS = 3000
 _WINDOWS_PER_USER = 2  # drawn in each epoch from a sequence that has more
 _SCORE_ROWS = 256  # histories encoded at a time
 _FORMAT = "coars_fast.sasrec.1"
@@ -48,8 +51,9 @@ class _FullSoftmaxLoss(torch.autograd.Function):
         num_rows = len(hidden_RH)
         grad_hidden, grad_weight = torch.empty_like(hidden_RH), torch.zeros_like(weight_VH)
         loss = hidden_RH.new_zeros((), dtype=torch.float64)
-        for start in range(0, num_rows, _SOFTMAX_ROWS):
-            rows = slice(start, start + _SOFTMAX_ROWS)
+        chunk = max(1, min(_SOFTMAX_ROWS, _SOFTMAX_LOGITS // len(weight_VH)))
+        for start in range(0, num_rows, chunk):
+            rows = slice(start, start + chunk)
             hidden, target = hidden_RH[rows], target_R[rows, None]
             logits = hidden @ weight_VH.T
             logits -= logits.amax(1, keepdim=True)
@@ -216,6 +220,7 @@ def train_sasrec(
     *,
     seed: int,
     progress: Progress | None = None,
+    validation: Sequence[int] | None = None,
 ) -> SASRec:
     """Train on the training parts of all users; the same arguments give the same model.
 
@@ -224,12 +229,19 @@ def train_sasrec(
         num_items: size of the catalogue; items are 0..num_items-1.
         seed: draws weights, order and dropout. Torch's global random state is left as it was.
         progress: called after every epoch.
+        validation: with `config.patience`, the item that follows each sequence; by default the last one of each is
+            taken away for it.
 
     Raises:
-        DataError: no sequence has 2 items, or an item is outside the catalogue.
+        DataError: no sequence has 2 items (3 with `config.patience`), or an item is outside the catalogue.
         ConfigError: a size that is not positive, or heads that do not divide the hidden size.
         NonFiniteError: the loss is not finite; raised before the weights change.
     """
+    best = None
+    if config.patience:
+        if validation is None:
+            sequences, validation = _take_last(sequences)
+        best = _Best(sequences, validation, seed)
     windows = _windows(sequences, num_items, config.max_length)
     rng = np.random.default_rng(seed)
     with torch.random.fork_rng(devices=[]):
@@ -239,52 +251,41 @@ def train_sasrec(
         num_steps = config.num_epochs * -(-len(_draw_epoch(windows, rng)) // config.batch_size)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=max(1, num_steps))
         for epoch in range(1, config.num_epochs + 1):
-            drawn, loss_sum, num_targets = _draw_epoch(windows, rng), 0.0, 0
-            for start in range(0, len(drawn), config.batch_size):
-                loss, size = _train_batch(model, optimizer, drawn[start : start + config.batch_size])
+            loss_sum, num_targets = 0.0, 0
+            for batch in _batches(_draw_epoch(windows, rng), config, rng):
+                loss, size = _train_batch(model, optimizer, batch)
                 schedule.step()
                 loss_sum, num_targets = loss_sum + loss * size, num_targets + size
             if progress is not None:
                 progress(epoch, config.num_epochs, loss_sum / num_targets)
+            if best is not None and best.is_over(model, epoch, config.patience):
+                break
+    if best is not None:
+        best.restore(model)
     return model.eval()
 
 
-def ranking_metrics(scores: np.ndarray, targets: Sequence[int] | np.ndarray, k: int = 10) -> dict[str, float]:
-    """Hit rate and NDCG of one relevant item per row, among all items: {"hr@k": ..., "ndcg@k": ...}.
+class _Best:
+    """The weights with the highest NDCG@10 on the validation items of up to 3,000 users."""
 
-    Args:
-        scores: [U, V]; -inf leaves an item out. Items that tie with the target count as ranked above it.
-        targets: [U] the relevant items.
+    def __init__(self, sequences: Sequence[Sequence[int]], validation: Sequence[int], seed: int):
+        users = [user for user, sequence in enumerate(sequences) if len(sequence)]
+        chosen = np.random.default_rng([seed, 1]).permutation(users)[:_VALIDATION_USERS].tolist()
+        self.histories = [sequences[user] for user in chosen]
+        self.targets = [validation[user] for user in chosen]
+        self.value, self.epoch, self.weights = -1.0, 0, {}
 
-    Raises:
-        ValueError: other shapes, no row, a target outside 0..V-1, or NaN scores.
-    """
-    targets = np.asarray(targets, dtype=np.int64)
-    if scores.ndim != 2 or targets.shape != scores.shape[:1] or not len(targets):
-        raise ValueError(f"scores: expected [U, V] for the {targets.shape} targets, found {scores.shape}")
-    if targets.min() < 0 or targets.max() >= scores.shape[1]:
-        raise ValueError(f"targets: outside 0..{scores.shape[1] - 1}")
-    if np.isnan(scores).any():
-        raise ValueError("scores: hold NaN")
-    own = np.take_along_axis(scores, targets[:, None], axis=1)
-    rank = (scores >= own).sum(axis=1)  # from 1
-    gain = np.where(rank <= k, 1.0 / np.log2(rank + 1.0), 0.0)
-    return {f"hr@{k}": float((rank <= k).mean()), f"ndcg@{k}": float(gain.mean())}
+    def is_over(self, model: SASRec, epoch: int, patience: int) -> bool:
+        """Keep the model's weights if they are the best so far; True after `patience` epochs without better ones."""
+        value = full_ranking(model, self.histories, self.targets)["ndcg@10"]
+        if value > self.value:
+            self.value, self.epoch = value, epoch
+            self.weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+        return epoch - self.epoch >= patience
 
-
-def full_ranking(
-    model: SASRec, histories: Sequence[Sequence[int]], targets: Sequence[int], k: int = 10
-) -> dict[str, float]:
-    """:func:`ranking_metrics` of the model, items of each history left out, a block of users at a time."""
-    total: dict[str, float] = {}
-    for start in range(0, len(histories), _SCORE_ROWS):
-        block = histories[start : start + _SCORE_ROWS]
-        scores = model.score(block)
-        for row, history in zip(scores, block, strict=True):
-            row[list(history)] = -np.inf
-        for name, value in ranking_metrics(scores, targets[start : start + _SCORE_ROWS], k).items():
-            total[name] = total.get(name, 0.0) + value * len(block) / len(histories)
-    return total
+    def restore(self, model: SASRec) -> None:
+        if self.weights:
+            model.load_state_dict(self.weights)
 
 
 def _train_batch(model: SASRec, optimizer: torch.optim.Optimizer, batch: list[np.ndarray]) -> tuple[float, int]:
@@ -326,6 +327,24 @@ def _draw_epoch(windows: list[list[np.ndarray]], rng: np.random.Generator) -> li
     return [drawn[i] for i in rng.permutation(len(drawn))]
 
 
+def _batches(drawn: list[np.ndarray], config: SASRecConfig, rng: np.random.Generator) -> Iterator[list[np.ndarray]]:
+    """The windows of an epoch, `batch_size` at a time; of like lengths if `similar_lengths`, in random order."""
+    starts = list(range(0, len(drawn), config.batch_size))
+    if config.similar_lengths:
+        drawn = sorted(drawn, key=len)  # stable: equal lengths stay in the random order of the epoch
+        starts = [starts[i] for i in rng.permutation(len(starts))]
+    for start in starts:
+        yield drawn[start : start + config.batch_size]
+
+
+def _take_last(sequences: Sequence[Sequence[int]]) -> tuple[list[Sequence[int]], list[int]]:
+    """Sequences of 3 items or more without their last one, the others empty; and these last items (0 for none)."""
+    shorter = [sequence[:-1] if len(sequence) > 2 else sequence[:0] for sequence in sequences]
+    if not any(map(len, shorter)):
+        raise DataError("sasrec.patience: no user has 3 items in the training part, one of them to validate with")
+    return shorter, [sequence[-1] if len(sequence) > 2 else 0 for sequence in sequences]
+
+
 def _pad(rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     """Rows of items -> [B, L] padded on the right with item 0, and their lengths [B]."""
     lengths = np.array([len(row) for row in rows])
@@ -338,8 +357,9 @@ def _check_config(config: SASRecConfig) -> None:
     for name in ("hidden_size", "num_layers", "num_heads", "max_length", "batch_size", "learning_rate"):
         if not getattr(config, name) > 0:
             raise ConfigError(f"sasrec.{name}: {getattr(config, name)} must be above 0")
-    if config.num_epochs < 0:
-        raise ConfigError(f"sasrec.num_epochs: {config.num_epochs} must not be negative")
+    for name in ("num_epochs", "patience"):
+        if getattr(config, name) < 0:
+            raise ConfigError(f"sasrec.{name}: {getattr(config, name)} must not be negative")
     if config.hidden_size % config.num_heads:
         raise ConfigError(f"sasrec.num_heads: {config.num_heads} does not divide hidden_size ({config.hidden_size})")
     if not 0 <= config.dropout < 1:

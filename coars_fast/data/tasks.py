@@ -13,8 +13,9 @@ import numpy as np
 
 from coars_fast.config import Config, DataConfig, parse_candidates
 from coars_fast.data.peers import Peers
+from coars_fast.data.ranking import full_ranking
 from coars_fast.data.records import Dataset, DiscriminationTask, Task
-from coars_fast.data.sasrec import SASRec, full_ranking
+from coars_fast.data.sasrec import SASRec
 from coars_fast.data.splits import Purpose, Split, keyed_rng, make_split, train_order
 from coars_fast.errors import ConfigError, DataError
 

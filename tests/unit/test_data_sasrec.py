@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,16 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from coars_fast.config import SASRecConfig, WorldConfig
-from coars_fast.data.sasrec import (
-    ItemSpace,
-    SASRec,
-    _FullSoftmaxLoss,
-    _windows,
-    full_ranking,
-    ranking_metrics,
-    train_sasrec,
-)
+from coars_fast.data.ranking import full_ranking, ranking_metrics, sampled_ranking
+from coars_fast.data.sasrec import ItemSpace, SASRec, _batches, _draw_epoch, _FullSoftmaxLoss, _windows, train_sasrec
 from coars_fast.data.world import make_world
+from coars_fast.errors import DataError
 
 SMALL = SASRecConfig(hidden_size=16, num_epochs=2, max_length=6, batch_size=8)
 
@@ -124,6 +119,64 @@ def test_ranking_metrics_by_hand():
     ):
         with pytest.raises(ValueError, match="scores|targets"):
             ranking_metrics(bad_scores, bad_targets)
+
+
+class Fixed:
+    """Scores item i of any history by its number, so that the highest item is the best."""
+
+    def score(self, histories: Sequence[Sequence[int]]) -> np.ndarray:
+        return np.tile(np.arange(200, dtype=np.float32), (len(histories), 1))
+
+
+def test_rankings_of_one_model_by_hand():
+    """Items 199, 198, ... are best; user 1 took the best two, so that 190 is eighth for them and tenth for user 0."""
+    histories, targets = [[0], [198, 199], [5]], [190, 190, 3]
+    full = full_ranking(Fixed(), histories, targets)
+    assert full["hr@10"] == pytest.approx(2 / 3)
+    assert full["ndcg@10"] == pytest.approx((1 / np.log2(11) + 1 / np.log2(9)) / 3)
+    # All that a user did not take as negatives: the same rank as among all items.
+    everything = sampled_ranking(Fixed(), histories[1:2], [190], num_negatives=197)
+    assert everything["ndcg@10"] == pytest.approx(1 / np.log2(9))
+    # About half of the 9 better items are among 100 of the 198 others, so 190 ranks higher, and 3 still last.
+    sampled = sampled_ranking(Fixed(), histories * 200, targets * 200, num_negatives=100)
+    assert sampled["hr@10"] == pytest.approx(2 / 3) and full["ndcg@10"] < sampled["ndcg@10"] < 2 / 3
+    ranks = [1 + (np.random.default_rng([0, u]).choice(np.delete(np.arange(200), [0, 190]), 100, False) > 190).sum()
+             for u in range(0, 600, 3)]  # fmt: skip
+    own = sampled_ranking(Fixed(), [[0]], [190], num_negatives=100)
+    assert own["ndcg@10"] == pytest.approx(1 / np.log2(1 + ranks[0]))
+    assert sampled == sampled_ranking(Fixed(), histories * 200, targets * 200, num_negatives=100)
+    with pytest.raises(ValueError, match="user 0 left only 198 items, not 199"):
+        sampled_ranking(Fixed(), [[0]], [190], num_negatives=199)
+
+
+def test_stops_early_and_keeps_the_best_weights():
+    """Users in random order teach nothing, so that validation gets worse from some epoch on."""
+    rng = np.random.default_rng(0)
+    sequences = [rng.permutation(40)[:12].tolist() for _ in range(60)]
+    config = SASRecConfig(hidden_size=32, num_epochs=40, max_length=8, batch_size=16, dropout=0.0, patience=3)
+    epochs: list[int] = []
+    model = train_sasrec(sequences, 40, config, seed=0, progress=lambda epoch, of, loss: epochs.append(epoch))
+    assert 3 < len(epochs) < 40
+    given = [sequence[:-1] for sequence in sequences]
+    again = train_sasrec(given, 40, config, seed=0, validation=[sequence[-1] for sequence in sequences])
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+    best = full_ranking(model, given, [sequence[-1] for sequence in sequences])["ndcg@10"]
+    # Whatever it kept is at least as good as each epoch that it saw, the last one included.
+    last = train_sasrec(given, 40, replace(config, patience=0, num_epochs=40), seed=0)
+    assert best >= full_ranking(last, given, [sequence[-1] for sequence in sequences])["ndcg@10"] - 0.02
+    with pytest.raises(DataError, match="no user has 3 items"):
+        train_sasrec([[1, 2]], 40, config, seed=0)
+
+
+def test_batches_of_similar_lengths_hold_every_window_once():
+    sequences = [list(range(2 + u % 9)) for u in range(50)]
+    config = replace(SMALL, batch_size=7, similar_lengths=True)
+    drawn = _draw_epoch(_windows(sequences, 12, 20), np.random.default_rng(0))
+    batches = list(_batches(drawn, config, np.random.default_rng(1)))
+    assert sorted(map(len, (w for batch in batches for w in batch))) == sorted(map(len, drawn))
+    assert max(max(map(len, batch)) - min(map(len, batch)) for batch in batches) <= 2
+    means = [float(np.mean([len(w) for w in batch])) for batch in batches]
+    assert means != sorted(means), "in random order"
 
 
 def test_full_ranking_leaves_the_history_out(cycle: tuple[list[list[int]], SASRec]):
