@@ -332,8 +332,8 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda value: value >= 0,
         "seed world.seed sasrec.seed data.eval_seed data.min_item_interactions data.num_peers sasrec.num_epochs "
         "sasrec.patience sasrec.dropout game.alpha loss.credit_weight loss.kl_weight loss.clip_low loss.clip_high "
-        "train.num_steps train.user_learning_rate_factor train.warmup_steps train.weight_decay sft.num_steps sft.finding_steps "
-        "eval.every eval.num_samples eval.num_disc_users",
+        "train.num_steps train.user_learning_rate_factor train.warmup_steps train.weight_decay sft.num_steps "
+        "sft.finding_steps eval.every eval.num_samples eval.num_disc_users",
     ),
     (
         "must lie between 0 and 1",

@@ -1,0 +1,256 @@
+"""Fetch a file over HTTPS so that it can be interrupted, and unpack it so that it cannot do harm.
+
+What has arrived lies in `<file>.part` beside the target, with the server's mark of its version (ETag or date) in
+`<file>.part.json`; a later call asks for the rest (`Range`, `If-Range`) and begins again where the server changed its
+file or cannot send parts. A file takes its name when it is complete and its checksum is right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import os
+import re
+import shutil
+import stat
+import time
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from coars_fast.errors import CoarsError
+from coars_fast.state.files import atomic_write_text, fsync_folder
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes so far, bytes in all; 0 if the server does not say)."""
+
+ATTEMPTS = 5
+TIMEOUT_SECONDS = 60.0
+_PAUSE_SECONDS = 1.0  # before the second attempt; doubled before each further one
+_BLOCK = 1 << 20
+_MAX_UNPACKED = 20 << 30
+_MAX_RATIO = 200
+
+
+class DownloadError(CoarsError, OSError):
+    """A file could not be fetched whole, has another checksum, or is unsafe to unpack."""
+
+
+class _OnlyHttps(urllib.request.HTTPRedirectHandler):
+    """Follows redirections, but not away from HTTPS."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[override]
+        _check_url(newurl)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+_OPENER = urllib.request.build_opener(_OnlyHttps)
+
+
+def fetch(url: str, target: Path, *, sha256: str | None, md5: str | None = None, progress: Progress) -> str:
+    """Fetch `url` to `target`, going on with what an earlier call had of it, and return its SHA-256.
+
+    A known `sha256` or `md5` must match. Without one the SHA-256 is kept in `<target>.sha256` and must match the one
+    that an earlier download left there.
+
+    Raises:
+        DownloadError: not HTTPS, the server refuses or breaks off too often, no room, or another checksum (what was
+            fetched is deleted then).
+    """
+    _check_url(url)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f"{target.name}.part")
+    pause = _PAUSE_SECONDS
+    for attempt in range(1, ATTEMPTS + 1):
+        before = _size(part)
+        try:
+            _fetch_rest(url, part, progress)
+            break
+        except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, DownloadError):
+                raise
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()
+                if error.code < 500 and error.code != 429:
+                    raise DownloadError(f"{url}: the server answers {error.code} {error.reason}") from error
+            if _size(part) > before:
+                pause = _PAUSE_SECONDS  # it goes on, if slowly
+            if attempt == ATTEMPTS:
+                raise DownloadError(
+                    f"{url}: broken off {ATTEMPTS} times ({error or type(error).__name__}); {_size(part):,} bytes are "
+                    f"kept in {part}: run the command again to go on from there"
+                ) from error
+            time.sleep(pause)
+            pause *= 2
+    found = _verify(url, part, target, sha256, md5)
+    with part.open("rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(part, target)
+    _mark_of(part).unlink(missing_ok=True)
+    fsync_folder(target.parent)
+    return found
+
+
+def fetch_md5(url: str) -> str | None:
+    """The MD5 that the `.md5` file at this address names, whatever stands around it; None if there is no such file."""
+    _check_url(url)
+    try:
+        with _OPENER.open(url, timeout=TIMEOUT_SECONDS) as response:
+            text = response.read(4096).decode("ascii", "replace")
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code in (403, 404, 410):
+            return None
+        raise DownloadError(f"{url}: the server answers {error.code} {error.reason}") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise DownloadError(f"{url}: {error or type(error).__name__}") from error
+    match = re.search(r"(?<![0-9a-fA-F])[0-9a-fA-F]{32}(?![0-9a-fA-F])", text)
+    if match is None:
+        raise DownloadError(f"{url}: no MD5 in it, found {text[:60]!r}")
+    return match[0].lower()
+
+
+def _fetch_rest(url: str, part: Path, progress: Progress) -> None:
+    """Append to `part` what it lacks; :class:`http.client.IncompleteRead` or another OSError if that breaks off."""
+    have, mark = _size(part), _read_mark(part, url)
+    headers = {"Accept-Encoding": "identity", "User-Agent": "coars_fast"}
+    if have and mark:
+        headers |= {"Range": f"bytes={have}-", "If-Range": mark}
+    try:
+        response = _OPENER.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_SECONDS)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:
+            raise
+        error.close()
+        if (error.headers.get("Content-Range") or "") == f"bytes */{have}":
+            return  # an earlier call had fetched it all
+        part.unlink(missing_ok=True)
+        _mark_of(part).unlink(missing_ok=True)
+        raise http.client.IncompleteRead(b"") from error
+    with response:
+        start = _start_of(response.headers.get("Content-Range")) if response.status == 206 else 0
+        if start not in (0, have):
+            raise DownloadError(f"{url}: asked for bytes from {have}, the server sends them from {start}")
+        length = int(response.headers.get("Content-Length") or 0)
+        total = start + length if length else 0
+        if length > (free := shutil.disk_usage(part.parent).free):
+            raise DownloadError(f"{part.parent}: {length:,} bytes are to come, {free:,} are free")
+        etag = response.headers.get("ETag") or ""
+        new_mark = etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified")
+        _mark_of(part).write_text(json.dumps({"url": url, "mark": new_mark}))
+        with part.open("r+b" if start else "wb") as file:
+            file.seek(start)
+            file.truncate()
+            while data := response.read(_BLOCK):
+                file.write(data)
+                start += len(data)
+                progress(start, total)
+        if total and start < total:
+            raise http.client.IncompleteRead(b"", total - start)
+
+
+def _verify(url: str, part: Path, target: Path, sha256: str | None, md5: str | None) -> str:
+    """The SHA-256 of `part`; deletes it and raises if it is not the one that it should be."""
+    digests = {"SHA-256": hashlib.sha256(), "MD5": hashlib.md5(usedforsecurity=False)}
+    with part.open("rb") as file:
+        while data := file.read(_BLOCK):
+            for digest in digests.values():
+                digest.update(data)
+    found = {name: digest.hexdigest() for name, digest in digests.items()}
+    first = target.with_name(f"{target.name}.sha256")
+    trusted = first.read_text().split()[:1] if first.is_file() and not (sha256 or md5) else []
+    for name, expected, source in (
+        ("SHA-256", sha256, "expected"),
+        ("MD5", md5, "published"),
+        ("SHA-256", trusted[0] if trusted else None, f"that of the first download, in {first}, is"),
+    ):
+        if expected and found[name] != expected.lower():
+            part.unlink()
+            _mark_of(part).unlink(missing_ok=True)
+            raise DownloadError(f"{url}: the {name} is {found[name]}, {source} {expected.lower()}; it was deleted")
+    atomic_write_text(first, f"{found['SHA-256']}  {target.name}\n")
+    return found["SHA-256"]
+
+
+def unpack(archive: Path, folder: Path) -> Path:
+    """Unpack a zip file into `folder`, which appears whole or not at all. A single folder inside becomes `folder`.
+
+    Raises:
+        DownloadError: not a zip file or a broken one; a member that would lie outside, or is a link or a device; or one
+            that grows suspiciously.
+    """
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        with zipfile.ZipFile(archive) as file:
+            members = file.infolist()
+            size = sum(member.file_size for member in members)
+            packed = sum(member.compress_size for member in members)
+            if size > _MAX_UNPACKED or size > _MAX_RATIO * max(packed, 1 << 20):
+                raise DownloadError(f"{archive}: {packed:,} bytes would become {size:,}; not unpacked")
+            for member in members:
+                _unpack_member(file, member, beside, archive)
+        inside = list(beside.iterdir()) if beside.is_dir() else []
+        source = inside[0] if len(inside) == 1 and inside[0].is_dir() else beside
+        shutil.rmtree(folder, ignore_errors=True)
+        source.replace(folder)
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+        raise DownloadError(f"{archive}: not a zip file that can be unpacked ({error}); delete it") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return folder
+
+
+def _unpack_member(file: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path, archive: Path) -> None:
+    name, kind = member.filename.replace("\\", "/"), stat.S_IFMT(member.external_attr >> 16)
+    parts = name.split("/")
+    if name.startswith("/") or ".." in parts or ":" in parts[0] or "\0" in name:
+        raise DownloadError(f"{archive}: {member.filename!r} would lie outside its folder; nothing was unpacked")
+    if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+        raise DownloadError(f"{archive}: {member.filename!r} is a link or a device; nothing was unpacked")
+    target = folder.joinpath(*parts)
+    if member.is_dir():
+        target.mkdir(parents=True, exist_ok=True)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    left = member.file_size
+    with file.open(member) as source, target.open("wb") as copy:
+        while data := source.read(min(_BLOCK, left + 1)):
+            left -= len(data)
+            if left < 0:
+                raise DownloadError(f"{archive}: {member.filename!r} is larger than it says; nothing was unpacked")
+            copy.write(data)
+
+
+def _check_url(url: str) -> None:
+    """HTTPS alone; plain HTTP from this very machine, for tests and mirrors."""
+    parts = urlsplit(url)
+    if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in ("127.0.0.1", "::1", "localhost")):
+        raise DownloadError(f"{url}: not an https address")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _mark_of(part: Path) -> Path:
+    return part.with_name(f"{part.name}.json")
+
+
+def _read_mark(part: Path, url: str) -> str | None:
+    """What names the server's version of which `part` is the beginning; None if it is unknown or of another address."""
+    try:
+        record = json.loads(_mark_of(part).read_text())
+        return record["mark"] if record["url"] == url else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _start_of(content_range: str | None) -> int:
+    match = re.match(r"bytes (\d+)-", content_range or "")
+    return int(match[1]) if match else -1

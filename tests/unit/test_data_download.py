@@ -1,0 +1,339 @@
+"""Downloads from a server on this machine: broken transfers, wrong checksums, servers without ranges, archives."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import stat
+import threading
+import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from coars_fast.data import __main__ as program
+from coars_fast.data import download
+from coars_fast.data.download import DownloadError, fetch, fetch_md5, unpack
+from coars_fast.data.public import PUBLIC, PublicSet
+
+CONTENT = bytes(range(256)) * 900
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `files`; breaks off after `limits` bytes of each answer in turn, then answers whole."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files: dict[str, bytes] = {"/data.bin": CONTENT}
+        self.limits: list[int] = []
+        self.errors: list[int] = []
+        self.ranges, self.etag, self.length = True, '"v1"', True
+        self.asked: list[str | None] = []
+
+    def url(self, name: str) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/{name}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server  # pyright: ignore
+
+    def do_GET(self) -> None:
+        server = self.server
+        server.asked.append(self.headers.get("Range"))
+        if self.path.startswith("/away"):
+            self.send_response(302)
+            self.send_header("Location", "http://example.invalid/data.bin")
+            self.end_headers()
+            return
+        if server.errors:
+            self.send_error(server.errors.pop(0))
+            return
+        if self.path not in server.files:
+            self.send_error(404)
+            return
+        content, start = server.files[self.path], 0
+        asked = self.headers.get("Range")
+        if asked and server.ranges and self.headers.get("If-Range") == server.etag:
+            start = int(asked.removeprefix("bytes=").removesuffix("-"))
+            if start >= len(content):
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(content)}")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        else:
+            self.send_response(200)
+        if server.length:
+            self.send_header("Content-Length", str(len(content) - start))
+        self.send_header("ETag", server.etag)
+        self.end_headers()
+        sent = content[start:]
+        self.wfile.write(sent[: server.limits.pop(0)] if server.limits else sent)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(download, "_PAUSE_SECONDS", 0.0)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    running = Server()
+    thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    yield running
+    running.shutdown()
+    running.server_close()
+    thread.join()
+
+
+def nothing(done: int, total: int) -> None:
+    pass
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_arrives_whole_with_its_checksum_beside_it(server: Server, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    target = tmp_path / "new" / "data.bin"
+    found = fetch(server.url("data.bin"), target, sha256=SHA256.upper(), progress=lambda *call: seen.append(call))
+    assert found == SHA256 and target.read_bytes() == CONTENT
+    assert seen[-1] == (len(CONTENT), len(CONTENT))
+    assert names(target.parent) == ["data.bin", "data.bin.sha256"]
+    assert (tmp_path / "new" / "data.bin.sha256").read_text() == f"{SHA256}  data.bin\n"
+
+
+def test_a_broken_transfer_goes_on_where_it_was(server: Server, tmp_path: Path) -> None:
+    server.limits = [1000, 5000]
+    fetch(server.url("data.bin"), tmp_path / "data.bin", sha256=SHA256, progress=nothing)
+    assert (tmp_path / "data.bin").read_bytes() == CONTENT
+    assert server.asked == [None, "bytes=1000-", "bytes=6000-"]
+
+
+def test_another_call_goes_on_with_what_an_earlier_one_left(server: Server, tmp_path: Path) -> None:
+    target = tmp_path / "data.bin"
+    server.limits = [1000] * download.ATTEMPTS
+    with pytest.raises(DownloadError, match=r"broken off 5 times.*5,000 bytes are kept in .*run the command again"):
+        fetch(server.url("data.bin"), target, sha256=SHA256, progress=nothing)
+    assert names(tmp_path) == ["data.bin.part", "data.bin.part.json"]
+    server.asked.clear()
+    fetch(server.url("data.bin"), target, sha256=SHA256, progress=nothing)
+    assert server.asked == ["bytes=5000-"] and target.read_bytes() == CONTENT
+
+
+def test_all_bytes_there_but_no_name_yet(server: Server, tmp_path: Path) -> None:
+    """As if the process had died between the last byte and the checksum."""
+    (tmp_path / "data.bin.part").write_bytes(CONTENT)
+    (tmp_path / "data.bin.part.json").write_text(f'{{"url": "{server.url("data.bin")}", "mark": "\\"v1\\""}}')
+    fetch(server.url("data.bin"), tmp_path / "data.bin", sha256=SHA256, progress=nothing)
+    assert server.asked == [f"bytes={len(CONTENT)}-"] and (tmp_path / "data.bin").read_bytes() == CONTENT
+    (tmp_path / "data.bin.part").write_bytes(CONTENT + b"more")
+    (tmp_path / "data.bin.part.json").write_text(f'{{"url": "{server.url("data.bin")}", "mark": "\\"v1\\""}}')
+    fetch(server.url("data.bin"), tmp_path / "data.bin", sha256=SHA256, progress=nothing)
+    assert (tmp_path / "data.bin").read_bytes() == CONTENT, "more than there is: fetched anew"
+
+
+def test_a_server_without_ranges_begins_again(server: Server, tmp_path: Path) -> None:
+    server.ranges, server.limits = False, [1000]
+    fetch(server.url("data.bin"), tmp_path / "data.bin", sha256=SHA256, progress=nothing)
+    assert server.asked == [None, "bytes=1000-"] and (tmp_path / "data.bin").read_bytes() == CONTENT
+
+
+def test_a_server_that_tells_no_length(server: Server, tmp_path: Path) -> None:
+    server.length = False
+    seen: list[tuple[int, int]] = []
+    fetch(server.url("data.bin"), tmp_path / "data.bin", sha256=None, progress=lambda *call: seen.append(call))
+    assert seen[-1] == (len(CONTENT), 0)
+
+
+def test_a_file_that_changed_meanwhile_is_not_mixed_with_the_old_one(server: Server, tmp_path: Path) -> None:
+    target = tmp_path / "data.bin"
+    server.limits = [1000] * download.ATTEMPTS
+    with pytest.raises(DownloadError):
+        fetch(server.url("data.bin"), target, sha256=None, progress=nothing)
+    server.files["/data.bin"], server.etag = CONTENT[::-1], '"v2"'
+    fetch(server.url("data.bin"), target, sha256=None, progress=nothing)
+    assert target.read_bytes() == CONTENT[::-1]
+
+
+def test_a_wrong_checksum_deletes_what_was_fetched(server: Server, tmp_path: Path) -> None:
+    target = tmp_path / "data.bin"
+    with pytest.raises(DownloadError, match=rf"the SHA-256 is {SHA256}, expected {'0' * 64}; it was deleted"):
+        fetch(server.url("data.bin"), target, sha256="0" * 64, progress=nothing)
+    with pytest.raises(DownloadError, match=r"the MD5 is [0-9a-f]{32}, published 1{32}"):
+        fetch(server.url("data.bin"), target, sha256=None, md5="1" * 32, progress=nothing)
+    assert names(tmp_path) == []
+
+
+def test_without_a_published_checksum_the_first_download_counts(server: Server, tmp_path: Path) -> None:
+    target = tmp_path / "data.bin"
+    fetch(server.url("data.bin"), target, sha256=None, progress=nothing)
+    fetch(server.url("data.bin"), target, sha256=None, progress=nothing)
+    server.files["/data.bin"] = CONTENT[::-1]
+    with pytest.raises(DownloadError, match=r"that of the first download, in .*data\.bin\.sha256, is"):
+        fetch(server.url("data.bin"), target, sha256=None, progress=nothing)
+    assert target.read_bytes() == CONTENT, "what was there stays"
+    fetch(server.url("data.bin"), target, sha256=hashlib.sha256(CONTENT[::-1]).hexdigest(), progress=nothing)
+    assert target.read_bytes() == CONTENT[::-1], "an explicit checksum wins"
+
+
+def test_errors_of_the_server(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(DownloadError, match=r"the server answers 404"):
+        fetch(server.url("nothing"), tmp_path / "x", sha256=None, progress=nothing)
+    server.errors = [503, 500]
+    fetch(server.url("data.bin"), tmp_path / "data.bin", sha256=SHA256, progress=nothing)
+    with pytest.raises(DownloadError, match=r"example\.invalid/data\.bin: not an https address"):
+        fetch(server.url("away"), tmp_path / "x", sha256=None, progress=nothing)
+    for url in ("http://example.org/x", "file:///etc/passwd", "ftp://example.org/x"):
+        with pytest.raises(DownloadError, match="not an https address"):
+            fetch(url, tmp_path / "x", sha256=None, progress=nothing)
+
+
+def test_a_disk_without_room(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10})())
+    with pytest.raises(DownloadError, match=r"230,400 bytes are to come, 10 are free"):
+        fetch(server.url("data.bin"), tmp_path / "data.bin", sha256=None, progress=nothing)
+
+
+def test_published_md5(server: Server) -> None:
+    md5 = hashlib.md5(CONTENT, usedforsecurity=False).hexdigest()
+    for text in (f"MD5 (ml-1m.zip) = {md5}\n", f"{md5.upper()}  ml-1m.zip\n"):
+        server.files["/data.bin.md5"] = text.encode()
+        assert fetch_md5(server.url("data.bin.md5")) == md5
+    assert fetch_md5(server.url("none.md5")) is None
+    server.files["/data.bin.md5"] = b"<html>" + SHA256.encode()
+    with pytest.raises(DownloadError, match="no MD5 in it"):
+        fetch_md5(server.url("data.bin.md5"))
+
+
+# Archives -----------------------------------------------------------------------------------------------------------
+
+
+def archive(path: Path, members: dict[str, bytes], *, mode: int = 0) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in members.items():
+            info = zipfile.ZipInfo(name)
+            info.external_attr, info.compress_type = mode << 16, zipfile.ZIP_DEFLATED
+            file.writestr(info, content)
+    return path
+
+
+def test_a_single_folder_of_an_archive_becomes_the_folder(tmp_path: Path) -> None:
+    path = archive(tmp_path / "a.zip", {"ml/": b"", "ml/u.data": b"1", "ml/sub/x": b"2"})
+    assert unpack(path, tmp_path / "set") == tmp_path / "set"
+    assert (tmp_path / "set/u.data").read_bytes() == b"1" and (tmp_path / "set/sub/x").read_bytes() == b"2"
+    unpack(archive(tmp_path / "a.zip", {"u.data": b"3", "u.item": b"4"}), tmp_path / "set")
+    assert names(tmp_path / "set") == ["u.data", "u.item"], "replaces what was there"
+    assert names(tmp_path) == ["a.zip", "set"]
+
+
+@pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/evil", "..\\evil", "C:\\evil", "C:/evil"])
+def test_no_member_lies_outside(tmp_path: Path, name: str) -> None:
+    inside = tmp_path / "cache"
+    inside.mkdir()
+    path = archive(tmp_path / "a.zip", {"good": b"1", name: b"2"})
+    with pytest.raises(DownloadError, match=r"would lie outside its folder; nothing was unpacked"):
+        unpack(path, inside / "set")
+    assert names(inside) == [] and names(tmp_path) == ["a.zip", "cache"]
+
+
+def test_links_bombs_and_broken_archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.zip"
+    with pytest.raises(DownloadError, match="is a link or a device"):
+        unpack(archive(path, {"link": b"/etc/passwd"}, mode=stat.S_IFLNK | 0o777), tmp_path / "set")
+    monkeypatch.setattr(download, "_MAX_RATIO", 2)
+    with pytest.raises(DownloadError, match=r"would become 5,000,000; not unpacked"):
+        unpack(archive(path, {"zeros": b"0" * 5_000_000}), tmp_path / "set")
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(DownloadError, match="not a zip file that can be unpacked"):
+        unpack(path, tmp_path / "set")
+    whole = bytearray(archive(path, {"a": b"hello " * 40}).read_bytes())
+    whole[40] ^= 0xFF
+    path.write_bytes(whole)
+    with pytest.raises(DownloadError, match="not a zip file that can be unpacked"):
+        unpack(path, tmp_path / "set")
+    assert names(tmp_path) == ["a.zip"]
+
+
+# The command --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def published(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        file.writestr(
+            "toy/interactions.csv", "user,item\n" + "".join(f"{u},{3 * u + i}\n" for u in range(9) for i in range(30))
+        )
+        file.writestr("toy/items.csv", "item,title\n" + "".join(f"{i},Title {i}\n" for i in range(60)))
+    server.files["/toy.zip"] = buffer.getvalue()
+    md5 = hashlib.md5(buffer.getvalue(), usedforsecurity=False).hexdigest()
+    server.files["/toy.zip.md5"] = f"MD5 (toy.zip) = {md5}\n".encode()
+    monkeypatch.setitem(
+        PUBLIC, "toy", PublicSet(urls=(server.url("toy.zip"),), terms="Only for toys.", md5_beside=True)
+    )
+    return server
+
+
+def test_the_command_shows_the_terms_first(
+    published: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("sys.stdin", io.StringIO("yes\n"))
+    with pytest.raises(SystemExit):
+        program.main(["download", "toy"])
+    shown = capsys.readouterr()
+    assert "Only for toys." in shown.out and "give --accept-license" in shown.err and not published.asked
+    program.main(["download", "toy", "--accept-license"])
+    folder = tmp_path / "coars_fast" / "data" / "toy"
+    assert "MD5 as published" in capsys.readouterr().out and names(folder) == ["interactions.csv", "items.csv"]
+    program.main(["inspect", str(folder), "--plot", str(tmp_path / "plot.png")])
+    shown = capsys.readouterr().out
+    assert "6 items of items.csv that nobody took" in shown and "100.0%" in shown
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert "warning" not in shown
+    program.main(["inspect", str(folder), "--plot", str(tmp_path / "plot.png"), "--candidates", "random24+gt"])
+    assert "9 users left fewer than 25 items untaken" in capsys.readouterr().out
+
+
+def test_the_command_without_a_name_or_with_a_wrong_one(capsys: pytest.CaptureFixture[str]) -> None:
+    program.main(["download"])
+    assert "ml-1m" in capsys.readouterr().out
+    program.main(["--help"])
+    assert "inspect PATH" in capsys.readouterr().out
+    for arguments, message in (
+        (["download", "nothing"], "no such data set; known are ml-latest-small"),
+        (["fetch"], "no such command; there are inspect, download, sasrec"),
+        (["download", "amazon2023-games", "--sha256", "1"], "has 2 files, found 1 sums"),
+        (["inspect", "nowhere"], "no such folder"),
+    ):
+        with pytest.raises(SystemExit):
+            program.main(arguments)
+        assert message in capsys.readouterr().err
+
+
+def test_every_public_set_names_its_terms_and_is_fetched_safely() -> None:
+    for found in PUBLIC.values():
+        assert "https://" in found.terms and all(url.startswith("https://") for url in found.urls)
+
+
+def test_sasrec_of_a_data_set(published: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "toy"
+    folder.mkdir()
+    rows = "".join(f"{u},{(u + t) % 150}\n" for u in range(60) for t in range(9))
+    (folder / "interactions.csv").write_text("user,item\n" + rows)
+    (folder / "items.csv").write_text("item,title\n" + "".join(f"{i},T{i}\n" for i in range(150)))
+    arguments = [str(folder), "--min-item-interactions", "0", "--num-negatives", "20", "--save", str(tmp_path / "m")]
+    small = ["--sasrec.hidden-size", "8", "--sasrec.num-epochs", "2", "--sasrec.patience", "1"]
+    program.main(["sasrec", *arguments, *small])
+    shown = capsys.readouterr().out
+    assert "among all items: HR@10" in shown and "among 20 negatives" in shown and (tmp_path / "m").is_file()
