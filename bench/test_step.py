@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -140,7 +141,8 @@ def test_step(case: Case, measured: Callable[[Case], object]) -> None:
 
 
 def cost_by_turns(scale: float = 0.1, rounds: int = 3) -> dict[str, list[float]]:
-    """Seconds of each way for 2 to 8 turns of one episode, all interleaved."""
+    """Seconds of a processor, of each way for 2 to 8 turns of one episode, all interleaved; a wall clock would show
+    what else a shared machine does."""
     size = replace(large.SIZES["cpu"], name="19M shape", decoder=SMALL)
     decoder = large.model(size, torch.float32)
     calls: dict[str, Callable[[], object]] = {}
@@ -148,7 +150,7 @@ def cost_by_turns(scale: float = 0.1, rounds: int = 3) -> dict[str, list[float]]
         found = large.as_spoken(decoder, large.random_trajectories(SMALL.vocab_size, conversation(scale, turns), 1, 0))
         for way, run in ways(size, torch.float32).items():
             calls[f"{way}|{turns}"] = lambda run=run, found=found: run(found)
-    seconds = interleaved(calls, rounds=rounds)
+    seconds = interleaved(calls, rounds=rounds, clock=time.process_time)
     names = dict.fromkeys(name.partition("|")[0] for name in calls)
     return {way: [statistics.median(seconds[f"{way}|{turns}"]) for turns in range(2, MOST_TURNS + 1)] for way in names}
 

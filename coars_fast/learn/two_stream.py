@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from coars_fast.learn.packing import PackedBatch, teacher_inputs
 from coars_fast.model.attention import Attend, PackedAttention, varlen_attention
-from coars_fast.model.decoder import Decoder
+from coars_fast.model.decoder import Decoder, Rows
 from coars_kernels import AgentRows, branch_attention
 from coars_kernels.dispatch import has_triton
 
@@ -111,17 +111,23 @@ def two_stream(
     hidden, rope = decoder.embed(batch.token_ids), decoder.rope(batch.position_ids)
     branches = _Branches(decoder, batch, attend, adapters=adapters, backend=backend) if teacher else None
     again = decoder.gradient_checkpointing and torch.is_grad_enabled()
-    for layer in decoder.layers:
+    *inner, last = decoder.layers
+    for layer in (*inner, last):
+        rows = _rows(batch.rows, batch.agent_ids, adapters=adapters) if layer is last else None
         if again:
-            hidden = checkpoint(layer, hidden, rope, attend, trunk_agents, use_reentrant=False)
+            hidden = checkpoint(layer, hidden, rope, attend, trunk_agents, rows, use_reentrant=False)
             assert isinstance(hidden, Tensor)
         else:
-            hidden = layer(hidden, rope, attend, trunk_agents)
+            hidden = layer(hidden, rope, attend, trunk_agents, rows)
         if branches is not None:
-            branches.go_through(layer)
+            branches.go_through(layer, last=layer is last)
     attend.close()
-    student = decoder.norm(hidden[batch.rows])
-    return student, None if branches is None else branches.result()
+    return decoder.norm(hidden), None if branches is None else branches.result()
+
+
+def _rows(index: Tensor, agent_ids: Tensor, *, adapters: bool) -> Rows:
+    """Only tokens that predict a trained one go on after the last layer's attention."""
+    return Rows(index, AgentRows(agent_ids[index], NUM_AGENTS) if adapters else None)
 
 
 class _Branches:
@@ -130,21 +136,22 @@ class _Branches:
     def __init__(
         self, decoder: Decoder, batch: PackedBatch, trunk: TrunkAttention, *, adapters: bool, backend: str
     ) -> None:
-        self.decoder, self.batch = decoder, batch
+        self.decoder = decoder
         self.attend = BranchAttention(batch, trunk, backend=backend)
         agents = batch.turn_agent.repeat_interleave(batch.cu_branch.diff().long())
         self.agent_ids = AgentRows(agents, NUM_AGENTS) if adapters else None
+        self.rows = _rows(batch.teacher_rows, agents, adapters=adapters)
         with torch.no_grad():
             self.hidden = decoder.embed(batch.branch_tokens)
             self.rope = decoder.rope(batch.branch_positions)
 
     @torch.no_grad()
-    def go_through(self, layer: torch.nn.Module) -> None:
-        self.hidden = layer(self.hidden, self.rope, self.attend, self.agent_ids)
+    def go_through(self, layer: torch.nn.Module, *, last: bool) -> None:
+        self.hidden = layer(self.hidden, self.rope, self.attend, self.agent_ids, self.rows if last else None)
 
     @torch.no_grad()
     def result(self) -> Tensor:
-        return self.decoder.norm(self.hidden[self.batch.teacher_rows])
+        return self.decoder.norm(self.hidden)
 
 
 @torch.no_grad()

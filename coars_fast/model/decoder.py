@@ -12,7 +12,7 @@ Shape suffixes: N tokens, H hidden size, V vocabulary, D head size.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from coars_fast.model.attention import Attend
 from coars_fast.model.config import DecoderConfig, RopeScaling
 
-__all__ = ["Decoder", "DecoderConfig", "DecoderLayer", "Projection", "RMSNorm", "Rope", "RopeScaling"]
+__all__ = ["Decoder", "DecoderConfig", "DecoderLayer", "Projection", "RMSNorm", "Rope", "RopeScaling", "Rows"]
 
 
 class Rope(NamedTuple):
@@ -37,6 +37,15 @@ class Rope(NamedTuple):
     def rotate(self, x: Tensor) -> Tensor:
         """[N, heads, D] -> the same, rotated to its positions."""
         return torch.addcmul(x * self.cos, x.roll(x.shape[-1] // 2, -1), self.sin)
+
+
+class Rows(NamedTuple):
+    """Which rows go on after a layer's attention, each at most once, and their agents."""
+
+    kept: Tensor
+    """[R] int64."""
+    agent_ids: Any
+    """As a layer takes them, for these rows."""
 
 
 class Projection(nn.Linear):
@@ -76,14 +85,16 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(self, layer: int, x: Tensor, rope: Rope, attend: Attend, agent_ids: Tensor | None) -> Tensor:
+    def forward(
+        self, layer: int, x: Tensor, rope: Rope, attend: Attend, agent_ids: Any, rows: Rows | None = None
+    ) -> Tensor:
         q = self.q_proj(x, agent_ids).unflatten(-1, (-1, self.head_dim))
         k = self.k_proj(x, agent_ids).unflatten(-1, (-1, self.head_dim))
         v = self.v_proj(x, agent_ids).unflatten(-1, (-1, self.head_dim))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        out = attend(layer, rope.rotate(q), rope.rotate(k), v)
-        return self.o_proj(out.flatten(1), agent_ids)
+        out = attend(layer, rope.rotate(q), rope.rotate(k), v).flatten(1)
+        return self.o_proj(out, agent_ids) if rows is None else self.o_proj(out[rows.kept], rows.agent_ids)
 
 
 class Mlp(nn.Module):
@@ -111,9 +122,15 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden: Tensor, rope: Rope, attend: Attend, agent_ids: Tensor | None = None) -> Tensor:
-        """hidden [N, H] -> [N, H]; `agent_ids` as in `Decoder.forward`."""
-        hidden = hidden + self.self_attn(self.index, self.input_layernorm(hidden), rope, attend, agent_ids)
+    def forward(
+        self, hidden: Tensor, rope: Rope, attend: Attend, agent_ids: Any = None, rows: Rows | None = None
+    ) -> Tensor:
+        """hidden [N, H] -> [N, H]; `agent_ids` as in `Decoder.forward`. With `rows` only those R come out, [R, H]: the
+        others take part as keys and values, which is all that a last layer needs of most tokens."""
+        attended = self.self_attn(self.index, self.input_layernorm(hidden), rope, attend, agent_ids, rows)
+        if rows is not None:
+            hidden, agent_ids = hidden[rows.kept], rows.agent_ids
+        hidden = hidden + attended
         return hidden + self.mlp(self.post_attention_layernorm(hidden), agent_ids)
 
 
