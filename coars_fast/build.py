@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from coars_fast.config import Config
-from coars_fast.data.load import load_dataset
+from coars_fast.data.load import describe_left_out, load_dataset
 from coars_fast.data.records import Dataset, Task
 from coars_fast.data.sasrec import SASRec, train_sasrec
 from coars_fast.data.splits import make_split
@@ -63,6 +63,8 @@ def build(config: Config, folder: Path, screen: Screen, *, adapters_follow: bool
         f"{dataset.name}: {dataset.num_users:,} users, {dataset.num_items:,} items, "
         f"{sum(map(len, dataset.sequences)):,} interactions"
     )
+    if dataset.reading is not None and dataset.reading.left_out:
+        screen.say(f"left out: {describe_left_out(dataset)}")
     tasks = TaskSource(dataset, config, _sasrec(config, dataset, folder, screen))
     changed = config.model.tokenizer == "catalogue" or (config.warm_start and config.sft.trainable == "all")
     finished = folder / "base" / "config.json"  # written last
@@ -136,20 +138,29 @@ def _check_vocabulary(codec: TextCodec, decoder: Decoder, source: str) -> None:
 
 
 def _sasrec(config: Config, dataset: Dataset, folder: Path, screen: Screen) -> SASRec:
-    """SASRec of this data set and these settings: from the run folder, or trained."""
+    """SASRec of this data set and these settings: from the run folder, from `sasrec.cache`, or trained."""
     split = make_split(dataset, config.data)
-    text = json.dumps([asdict(config.sasrec), dataset.num_items, split.train_sequences])
+    settings = {name: value for name, value in asdict(config.sasrec).items() if name != "cache"}
+    text = json.dumps([settings, dataset.num_items, split.train_sequences])
     path = folder / f"sasrec-{hashlib.sha256(text.encode()).hexdigest()[:12]}.safetensors"
     if path.is_file():
         return SASRec.load(path)
-    with screen.bar("SASRec", config.sasrec.num_epochs) as advance:
-        sasrec = train_sasrec(
-            split.train_sequences,
-            dataset.num_items,
-            config.sasrec,
-            seed=config.sasrec.seed,
-            progress=lambda epoch, of, loss: advance(epoch, f"loss {loss:.3f}"),
-        )
+    shared = Path(config.sasrec.cache) / path.name if config.sasrec.cache else None
+    if shared is not None and shared.is_file():
+        screen.say(f"SASRec from {shared}")
+        sasrec = SASRec.load(shared)
+    else:
+        with screen.bar("SASRec", config.sasrec.num_epochs) as advance:
+            sasrec = train_sasrec(
+                split.train_sequences,
+                dataset.num_items,
+                config.sasrec,
+                seed=config.sasrec.seed,
+                progress=lambda epoch, of, loss: advance(epoch, f"loss {loss:.3f}"),
+            )
+        if shared is not None:
+            shared.parent.mkdir(parents=True, exist_ok=True)
+            sasrec.save(shared)
     sasrec.save(path)
     return sasrec
 

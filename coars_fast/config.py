@@ -93,6 +93,8 @@ class SASRecConfig:
     improve, and go back to the best; 0: train for `num_epochs` on everything."""
     seed: int = 0
     """Draws its weights, order and dropout; apart from the run's seed, so that runs share candidates."""
+    cache: str | None = None
+    """Folder that keeps trained models for other runs of the same data and settings (every run folder has its own)."""
 
 
 @dataclass(frozen=True, kw_only=True)

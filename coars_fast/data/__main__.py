@@ -172,7 +172,13 @@ def rank_sasrec(options: RankSASRec) -> dict[str, float]:
     dataset = load(Path(options.path), options.format)
     dataset = core(dataset, users=max(3, options.min_interactions), items=options.min_item_interactions)
     screen.say(f"{dataset.name}: {dataset.num_users:,} users, {dataset.num_items:,} items")
-    start = time.monotonic()
+    start, epochs = time.monotonic(), 0
+
+    def show(epoch: int, of: int, loss: float) -> None:
+        nonlocal epochs
+        epochs = epoch
+        advance(epoch, f"loss {loss:.3f}, {time.monotonic() - start:,.0f} s")
+
     with screen.bar("SASRec", options.sasrec.num_epochs) as advance:
         model = train_sasrec(
             [sequence[:-2] for sequence in dataset.sequences],
@@ -180,7 +186,7 @@ def rank_sasrec(options: RankSASRec) -> dict[str, float]:
             options.sasrec,
             seed=options.sasrec.seed,
             validation=[sequence[-2] for sequence in dataset.sequences],
-            progress=lambda epoch, of, loss: advance(epoch, f"loss {loss:.3f}, {time.monotonic() - start:,.0f} s"),
+            progress=show,
         )
     if options.save:
         model.save(options.save)
@@ -192,7 +198,7 @@ def rank_sasrec(options: RankSASRec) -> dict[str, float]:
     screen.say(
         f"among {options.num_negatives} negatives: HR@10 {sampled['hr@10']:.4f}, NDCG@10 {sampled['ndcg@10']:.4f}"
     )
-    screen.say(f"trained and ranked in {time.monotonic() - start:,.0f} s")
+    screen.say(f"{epochs} epochs and both rankings in {time.monotonic() - start:,.0f} s")
     return figures | {f"{name}_sampled": value for name, value in sampled.items()}
 
 

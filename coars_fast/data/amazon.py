@@ -56,9 +56,10 @@ def load_amazon(path: str | Path) -> Dataset:
         raise DataError(f"{path}: several categories ({names}); point --data.path at one file of reviews")
     reviews, meta = pairs[0]
     rows = _read_ratings(reviews) if ".csv" in reviews.suffixes[-2:] else _read_reviews(reviews)
+    table = rows.table()
     return assemble(
-        rows.table(),
-        _read_meta(meta, set(rows.table().item_ids)),
+        table,
+        _read_meta(meta, set(table.item_ids)),
         name=_category(reviews),
         layout="amazon",
         files=(reviews, meta),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from coars_fast.config import Config, DataConfig
 from coars_fast.data.formats import detect, load
 from coars_fast.data.load import load_dataset
 from coars_fast.errors import DataError, MissingDataError
+from tests.faults.test_game_hostile_titles import HOSTILE
 from tests.unit.test_data_formats import AMAZON_2018, AMAZON_2023, LASTFM, LLARA, ML_100K, PLAIN, RECBOLE, write
 
 
@@ -144,3 +147,14 @@ def test_users_of_one_interaction_are_left_out_or_named(tmp_path: Path) -> None:
     assert data.user_ids == ("u1", "u2")
     with pytest.raises(DataError, match=r"min_interactions = 6.*a user are 5"):
         load_dataset(Config(data=DataConfig(path=str(folder), min_interactions=6)))
+
+
+def test_hostile_titles_become_one_line_each_and_stay_different(tmp_path: Path) -> None:
+    """What is left in them is text to the agents: tests/faults/test_game_hostile_titles.py."""
+    titles = [title.encode(errors="replace").decode() for title in HOSTILE.values()] * 2
+    listed = io.StringIO()
+    csv.writer(listed).writerows([("item", "title"), *enumerate(titles)])
+    rows = "user,item\n" + "".join(f"u,{i}\n" for i in range(len(titles)))
+    data = load(write(tmp_path, {"interactions.csv": rows, "items.csv": listed.getvalue()}))
+    assert data.num_items == len(titles) == len({title.casefold() for title in data.titles})
+    assert all(title.isprintable() and title.strip() == title for title in data.titles)

@@ -13,6 +13,7 @@ from coars_fast.data.movielens import load_movielens
 from coars_fast.data.records import Dataset
 from coars_fast.data.sasrec import SASRec
 from coars_fast.data.splits import make_split
+from coars_fast.data.table import Rows, Titles, assemble, id_order
 from coars_fast.data.tasks import TaskSource
 from coars_fast.data.titles import unique_titles
 
@@ -103,3 +104,29 @@ def test_movielens_order_equals_a_plain_sort(tmp_path: Path, ratings: list[tuple
                 expected.append(movie)
         assert [int(data.item_ids[i]) for i in sequence] == expected
     assert np.all(np.diff([int(i) for i in data.item_ids]) > 0)
+
+
+NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=4) | st.integers(-3, 120).map(str)
+ROWS = st.lists(st.tuples(NAMES, NAMES, st.integers(-2, 3)), min_size=1, max_size=40)
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows=ROWS)
+def test_any_rows_are_ordered_and_counted_as_a_plain_program_would(rows: list[tuple[str, str, int]]):
+    collected = Rows()
+    for user, item, time in rows:
+        collected.add(user, item, time)
+    items = sorted({item for _, item, _ in rows}, key=id_order)
+    titles = Titles(file="items", of={item: item for item in items})
+    data = assemble(collected.table(), titles, name="any", layout="plain", files=[Path("rows")])
+    assert data.item_ids == tuple(items)
+    assert data.user_ids == tuple(sorted({user for user, _, _ in rows}, key=id_order))
+    assert len({title.casefold() for title in data.titles}) == len(items) and all(data.titles)
+    kept = 0
+    for user, sequence in zip(data.user_ids, data.sequences, strict=True):
+        own = sorted((time, id_order(item), item) for name, item, time in rows if name == user)
+        expected = list(dict.fromkeys(item for _, _, item in own))
+        assert [data.item_ids[i] for i in sequence] == expected
+        kept += len(expected)
+    assert data.reading is not None and data.reading.rows == len(rows)
+    assert dict(data.reading.left_out).get("repeated interactions of a user with an item", 0) == len(rows) - kept
