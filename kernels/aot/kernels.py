@@ -10,6 +10,7 @@ one number per row has no ":16": nothing is gained by it, and the rows of a last
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from aot.compile import Compiled, compile_kernel
@@ -200,26 +201,47 @@ def _head_fused(name: str, dtype: str, *, teacher: bool, mass: bool, full: bool)
 
 
 def credit_policy_loss() -> list[ShippedKernel]:
-    """The policy loss: every objective with everything asked for, as the trainer's defaults ask (with the mean credit
-    taken here and elsewhere), the least that can be, and what runs around it."""
+    """The policy loss in every way in which the trainer may ask for it, the least that can be, and what runs around it.
+
+    What is given stands in the name: a teacher, its mean credit, an old policy beside the sampler's, a weighted
+    divergence, a dual clip; all of it in the plain name. Weights and agents of turns are given, offsets are int32.
+    """
     floats, sums = "*fp32:16", "*fp64:16"
     turns = {"offsets_ptr": "*i32:16", "weight_ptr": floats, "agent_ptr": "*i8:16"}
     tokens = ("grad", "logp", "teacher", "anchor", "sampler", "reference", "reward")
-    numbers = ("default_weight", "credit_weight", "credit_clip", "low", "high", "importance_cap", "kl_weight")
+    numbers = (
+        "default_weight",
+        "credit_weight",
+        "credit_clip",
+        "low",
+        "high",
+        "dual_clip",
+        "importance_cap",
+        "kl_weight",
+    )
     everything = {"sums_ptr": sums, "center_ptr": sums, **{f"{name}_ptr": floats for name in tokens}, **turns}
     everything |= {**dict.fromkeys(numbers, "fp32"), "BLOCK": triton_credit.BLOCK_TOKENS}
-    optional = ("teacher_ptr", "anchor_ptr", "sampler_ptr", "reference_ptr", "weight_ptr", "agent_ptr", "center_ptr")
+    optional = {
+        "teacher": ("teacher_ptr",),
+        "center": ("center_ptr",),
+        "old": ("sampler_ptr",),
+        "kl": ("reference_ptr", "kl_weight"),
+        "dual": ("dual_clip",),
+    }
     policy, warps = triton_credit.credit_policy_kernel, triton_credit.NUM_WARPS
     kernels = []
     for number, objective in enumerate(OBJECTIVES):
-        dual_clip = "fp32" if objective in ("clipped", "gspo") else None
-        arguments = everything | {"dual_clip": dual_clip, "OBJECTIVE": number}
-        kernels.append(ShippedKernel(f"credit_{objective}", policy, arguments, warps))
-        defaults = dict.fromkeys(("sampler_ptr", "reference_ptr", "kl_weight", "dual_clip"))
-        kernels.append(ShippedKernel(f"credit_{objective}_centered", policy, arguments | defaults, warps))
-        uncentered = arguments | defaults | {"center_ptr": None}
-        kernels.append(ShippedKernel(f"credit_{objective}_default", policy, uncentered, warps))
-    least = everything | dict.fromkeys((*optional, "kl_weight", "dual_clip")) | {"OBJECTIVE": 0}
+        possible = [name for name in optional if name != "dual" or objective in ("clipped", "gspo")]
+        for given in product(*((False, True) for _ in possible)):
+            names = [name for name, one in zip(possible, given, strict=True) if one]
+            if "teacher" not in names and ("center" in names or "old" in names):
+                continue  # no credit to centre; and one of the others would keep 8 bytes on the stack
+            absent = [argument for name in optional if name not in names for argument in optional[name]]
+            suffix = "" if names == possible else "_" + ("_".join(names) or "alone")
+            arguments = everything | dict.fromkeys(absent) | {"OBJECTIVE": number}
+            kernels.append(ShippedKernel(f"credit_{objective}{suffix}", policy, arguments, warps))
+    missing = [argument for arguments in optional.values() for argument in arguments]
+    least = everything | dict.fromkeys((*missing, "anchor_ptr", "weight_ptr", "agent_ptr")) | {"OBJECTIVE": 0}
     center_names = ("sums_ptr", "logp_ptr", "teacher_ptr", *turns, "default_weight", "credit_clip", "BLOCK")
     center = {name: everything[name] for name in center_names}
     metrics = {"loss_ptr": floats, "metrics_ptr": floats, "sums_ptr": sums, "BY_AGENT": True}

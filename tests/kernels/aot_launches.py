@@ -8,6 +8,7 @@ Prints JSON: which kernels reached the driver, how many came from the library, a
 import json
 import sys
 import time
+from itertools import combinations
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -80,13 +81,15 @@ def launch_head(arch: int, num_rows: int) -> None:
     fused_masses(hidden, None, weight, target, mass_CV=None, config=config)
 
 
-def launch_credit(objective: str, *, center: bool) -> None:
-    """The policy loss as the trainer calls it by default."""
+def launch_credit(objective: str, *given: str) -> None:
+    """The policy loss as the trainer calls it, with what is given."""
     tokens, turns = torch.zeros(40), torch.ones(4)
+    teacher, old, reference = (tokens.clone() if name in given else None for name in ("teacher", "old", "kl"))
     credit_policy_loss_triton(
-        tokens, tokens.clone(), tokens.clone(), turns, torch.tensor([0, 10, 20, 30, 40], dtype=torch.int32),
-        turns.clone(), torch.zeros(4, dtype=torch.int8), None, None,
-        0.1, 1.0, center, objective, 0.2, 0.2, None, 2.0, 0.0,
+        tokens, teacher, tokens.clone(), turns, torch.tensor([0, 10, 20, 30, 40], dtype=torch.int32),
+        turns.clone(), torch.zeros(4, dtype=torch.int8), old, reference,
+        0.1, 1.0, "center" in given, objective, 0.2, 0.2, 3.0 if "dual" in given else None, 2.0,
+        0.001 if "kl" in given else 0.0,
     )  # fmt: skip
 
 
@@ -122,8 +125,12 @@ def main() -> None:
     for num_rows in (8, 7):
         launch_head(arch, num_rows)
     for objective in ("faithful", "clipped", "cispo", "gspo"):
-        launch_credit(objective, center=False)
-        launch_credit(objective, center=True)
+        launch_credit(objective, "teacher")
+        launch_credit(objective, "teacher", "center")
+        launch_credit(objective, "teacher", "old", "kl")
+    launch_credit("clipped")
+    for given in combinations(("center", "old", "kl", "dual"), 2):
+        launch_credit("clipped", "teacher", *given)
     launch_paged(arch)
     launch_branch(arch)
     seconds = time.perf_counter() - start

@@ -16,9 +16,17 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from aot.compile import SHARED_LIMIT  # noqa: E402
 from aot.kernels import shipped  # noqa: E402
 
+
+def variant(name: str) -> bool:
+    """Whether it is the policy loss with some of its arguments left out: the fullest of each objective stands for them
+    here. The library's build and ctest look at every one."""
+    return name.startswith("credit_") and name.count("_") > 1
+
+
 CASES = [
     pytest.param(kernel, capability, id=f"{kernel.name}-sm_{capability}")
     for kernel in shipped()
+    if not variant(kernel.name)
     for capability in kernel.capabilities
 ]
 
@@ -43,5 +51,5 @@ def test_rows_are_read_and_written_in_16_byte_words(kernel: Any) -> None:
 
 
 def test_names_are_unique() -> None:
-    names = [case.id for case in CASES]
+    names = [f"{kernel.name}-sm_{capability}" for kernel in shipped() for capability in kernel.capabilities]
     assert len(set(names)) == len(names)
