@@ -34,3 +34,11 @@ class RunFolderError(CoarsError, OSError):
 
 class NonFiniteError(CoarsError, ArithmeticError):
     """A loss or a gradient is not finite; raised before any weight changes."""
+
+
+class PagesError(CoarsError, MemoryError):
+    """The K/V memory has too few free pages."""
+
+
+class StaleCacheError(CoarsError, RuntimeError):
+    """Cached keys and values belong to a sequence that was released, or to weights that have changed since."""

@@ -108,6 +108,20 @@ class Episode:
         self.views[agent].tokens.extend(self.template.headers["assistant"])
         self.waiting = agent
 
+    def longest_views(self, max_reply_tokens: int) -> tuple[int, int]:
+        """By agent: tokens that its view has at most when its last reply ends, from now on."""
+        game, template = self.config, self.template
+        header, end = {role: len(ids) for role, ids in template.headers.items()}, len(template.end)
+        answer = max(max_reply_tokens, len(self.codec.encode(self.prompts.invalid_rec)))
+        peers = max((len(self._peers(n)) for n in range(len(self.candidate_titles))), default=0)
+        more = game.max_turns - len(self.turns)
+        own = header["assistant"] + max_reply_tokens + end
+        rec, user = (len(view.tokens) for view in self.views)
+        return (
+            rec + more * (own + header["user"] + answer + end),
+            user + more * (own + header["user"] + max_reply_tokens + peers + end),
+        )
+
     def is_valid(self, reply: Reply) -> bool:
         """Whether `receive` would understand this reply of the waiting agent."""
         if self.waiting == RECOMMENDER:
@@ -157,10 +171,14 @@ class Episode:
         if named is None:
             self._finish_turn(turn, self.codec.encode(self.prompts.invalid_rec))
             return
-        peers = peers_text(self.task.peer_counts[named], self.task.num_peers, self.config)
-        shown = [*self._words(reply), *(self.codec.encode(peers) if peers else [])]
+        shown = [*self._words(reply), *self._peers(named)]
         self.views[USER].tokens.extend(self.template.message("user", shown))
         self._ask(USER)
+
+    def _peers(self, candidate: int) -> list[int]:
+        """What the user agent hears of its peers about a candidate."""
+        peers = peers_text(self.task.peer_counts[candidate], self.task.num_peers, self.config)
+        return self.codec.encode(peers) if peers else []
 
     def _receive_judgement(self, reply: Reply) -> None:
         judgement = self._judgement(reply)
