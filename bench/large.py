@@ -27,12 +27,11 @@ from coars_fast.model.attention import PackedAttention
 from coars_fast.model.config import DecoderConfig
 from coars_fast.model.decoder import Decoder
 from coars_fast.model.lora import add_adapters
-from coars_fast.rollout.play import Sampler
+from coars_fast.rollout.engine import PAGE_SIZE, Engine
+from coars_fast.rollout.sampling import PartialReply, Sampling
 from coars_kernels import linear_logprob
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PREFILL_TOKENS = 16384
-"""Prompts are put into the cache in groups of so many tokens: attention of the dense cache keeps all scores."""
 OTHER_EPISODES = 1e-6
 """Weight of every turn but the first episode's: they are computed like all, and the gradient is that of one episode,
 which can be computed in float64 beside a large model."""
@@ -175,28 +174,24 @@ class CachedPrompts:
     """Prompts whose keys and values are in the rollout engine's memory, continued again and again from their ends."""
 
     def __init__(self, prompts: Prompts):
-        self.prompts, rows = prompts, len(prompts.tokens)
-        self.length = len(prompts.tokens[0])
-        self.sampler = Sampler(prompts.decoder, num_sequences=rows, control=frozenset(), max_reply_tokens=1, seed=0)
-        group = max(1, PREFILL_TOKENS // self.length)
-        # All but the last token: decoding begins with that one. The token that is sampled here is dropped.
-        self.sampler.cache.reserve(self.length + 64)
-        for first in range(0, rows, group):
-            self._reply(range(first, min(first + group, rows)), [tokens[:-1] for tokens in prompts.tokens])
-
-    def _reply(self, rows: Sequence[int], views: Sequence[list[int]]) -> list[Any]:
-        agents = [self.prompts.agents[row] for row in rows]
-        return self.sampler.reply(rows, [views[row] for row in rows], agents, rows, temperature=1.0)
+        self.prompts, rows, self.length = prompts, len(prompts.tokens), len(prompts.tokens[0])
+        page_size = PAGE_SIZE[torch.device(DEVICE).type]
+        pages = rows * -(-(self.length + 64) // page_size)
+        self.engine = Engine(prompts.decoder, num_pages=pages, page_size=page_size, guess=False)
+        self.sequences = [self.engine.pool.new() for _ in range(rows)]
+        # All but the last token: decoding begins with that one.
+        self.engine.extend(self.sequences, [tokens[:-1] for tokens in prompts.tokens], prompts.agents)
 
     def decode(self, num_tokens: int) -> Result:
         """See `Player`."""
-        rows = range(len(self.prompts.tokens))
-        for row in rows:
-            self.sampler.cache.lengths[row] = self.length - 1
-        self.sampler.max_reply_tokens = num_tokens
-        found = self._reply(rows, self.prompts.tokens)
-        tokens = torch.tensor([reply.ids for reply in found])
-        return {"tokens": tokens, "logp": torch.tensor([value for reply in found for value in reply.logp])}
+        replies = []
+        for row, (sequence, tokens) in enumerate(zip(self.sequences, self.prompts.tokens, strict=True)):
+            self.engine.pool.truncate(sequence, self.length - 1)
+            replies.append(PartialReply(sequence, tokens, self.prompts.agents[row], noise_id=row, limit=num_tokens))
+        while not replies[0].over:  # all are of one length
+            self.engine.decode(replies, Sampling(seed=0, control=frozenset()))
+        logp = [value for reply in replies for value in reply.logp]
+        return {"tokens": torch.tensor([reply.ids for reply in replies]), "logp": torch.tensor(logp)}
 
 
 @cache

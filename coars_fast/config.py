@@ -150,6 +150,15 @@ class RolloutConfig:
     """A reply that is longer is cut and counts as invalid."""
     batch_size: int = 128
     """Episodes played at the same time."""
+    kv_gib: float | None = None
+    """GiB of memory for keys and values. By default what the episodes need, up to half of what is free; with less, some
+    are computed again."""
+    attention: Literal["auto", "dense", "flash_attn", "varlen_attn", "kernels"] = "auto"
+    """Attention of a rollout: `dense` on a CPU, the others over pages on a GPU. An explicit choice that cannot be met
+    here is an error."""
+    constrained: bool = False
+    """Hold replies to their format, so that every one can be read. For evaluations only (`--train.num-steps 0`, or
+    `python -m coars_fast.evaluate RUN --constrained`): what is forced must not be trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,9 +334,9 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "data.history_length data.min_interactions data.train_targets data.num_eval_users world.num_items "
         "world.num_users world.interactions_per_user sasrec.hidden_size sasrec.num_layers sasrec.num_heads "
         "sasrec.max_length sasrec.batch_size sasrec.learning_rate model.lora_rank model.lora_alpha game.max_turns "
-        "rollout.max_reply_tokens rollout.batch_size loss.credit_clip train.episodes_per_step train.group_size "
-        "train.minibatches train.learning_rate train.max_grad_norm train.max_tokens sft.batch_size sft.learning_rate "
-        "checkpoint.every checkpoint.keep eval.num_bootstrap loss.importance_cap",
+        "rollout.max_reply_tokens rollout.batch_size rollout.kv_gib loss.credit_clip train.episodes_per_step "
+        "train.group_size train.minibatches train.learning_rate train.max_grad_norm train.max_tokens "
+        "sft.batch_size sft.learning_rate checkpoint.every checkpoint.keep eval.num_bootstrap loss.importance_cap",
     ),
     (
         "must not be negative",
@@ -413,6 +422,11 @@ def _contradictions(config: Config) -> list[str]:
         (
             config.rollout.temperature != 1.0,
             "rollout.temperature: training needs 1.0, other temperatures break the importance ratio",
+        ),
+        (
+            config.rollout.constrained and train.num_steps > 0,
+            "rollout.constrained: replies that are held to their format are no samples of the policy that is trained; "
+            "use it with --train.num-steps 0, or with python -m coars_fast.evaluate",
         ),
         (
             not (train.train_recommender or train.train_user),

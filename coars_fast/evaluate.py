@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import tyro
 
 from coars_fast import cli
@@ -37,10 +36,11 @@ from coars_fast.game.metrics import (
     label_name,
     table,
 )
-from coars_fast.game.prompts import parse_judgement
+from coars_fast.game.prompts import Judgement, parse_judgement
 from coars_fast.model.lora import load_peft
 from coars_fast.progress import Screen
-from coars_fast.rollout.play import Sampler, play
+from coars_fast.rollout.grammar import judgement_endings, reply_grammar
+from coars_fast.rollout.play import ask, play
 from coars_fast.state.files import atomic_write_text, json_text, read_json
 
 RATIOS = (1, 3, 9)
@@ -136,18 +136,20 @@ def _conversations(
         max_reply_tokens=config.rollout.max_reply_tokens,
         batch_size=config.rollout.batch_size,
         resample_invalid=True,
+        constrained=config.rollout.constrained,
+        kv_gib=config.rollout.kv_gib,
+        attention=config.rollout.attention,
         progress=progress,
     )
     return episodes
 
 
-@torch.no_grad()
 def discriminate(
     parts: Parts, config: Config, tasks: Sequence[DiscriminationTask], progress: Callable[[int, int], None]
 ) -> list[dict[str, float]]:
     """F1-disc: the user agent judges each item alone, greedily; an unreadable reply is drawn once more, then wrong."""
     asked = [(t, i) for t, task in enumerate(tasks) for i in range(len(task.items))]
-    views = [
+    prompts = [
         judgement_prompt(
             tasks[t].history, tasks[t].items[i], parts.dataset.titles, tasks[t].peer_counts[i], tasks[t].num_peers,
             parts.codec, parts.template, config.game,
@@ -155,49 +157,45 @@ def discriminate(
         for t, i in asked
     ]  # fmt: skip
     rows: list[dict[str, float]] = [dict.fromkeys((*CONFUSION, "user_replies"), 0.0) for _ in tasks]
-    for first in range(0, len(asked), config.rollout.batch_size):
-        chunk = range(first, min(first + config.rollout.batch_size, len(asked)))
-        judged = _judge(parts, config, [views[n] for n in chunk], chunk.start)
-        for n, judgement in zip(chunk, judged, strict=True):
-            (t, i), row = asked[n], rows[asked[n][0]]
-            label = tasks[t].labels[i]
-            positive = not label if judgement is None else judgement.positive
-            row[label_name(label, positive)] += 1
-            row["user_replies"] += 1
-        progress(chunk.stop, len(asked))
+    for (t, i), judgement in zip(asked, _judge(parts, config, prompts, progress), strict=True):
+        label = tasks[t].labels[i]
+        positive = not label if judgement is None else judgement.positive
+        rows[t][label_name(label, positive)] += 1
+        rows[t]["user_replies"] += 1
     for row in rows:
         row["episodes"] = 1.0
         row["f1"] = float(f1(table([row]))[0])
     return rows
 
 
-def _judge(parts: Parts, config: Config, views: list[list[int]], first: int) -> list:
-    """Parsed replies (None: unreadable twice) of the user agent to views that end with its header."""
-    sampler = Sampler(
+def _judge(
+    parts: Parts, config: Config, prompts: list[list[int]], progress: Callable[[int, int], None]
+) -> list[Judgement | None]:
+    """Parsed replies (None: unreadable twice) of the user agent to prompts that end with its header."""
+    codec, template, limit = parts.codec, parts.template, config.rollout.max_reply_tokens
+
+    def parse(reply: Reply) -> Judgement | None:
+        ended = reply.ids[-1] == template.end_of_turn
+        return parse_judgement(codec.decode(reply.ids[:-1])) if ended else None
+
+    replies = ask(
         parts.decoder,
-        num_sequences=len(views),
-        control=parts.template.control,
-        max_reply_tokens=config.rollout.max_reply_tokens,
+        prompts,
+        USER,
+        control=template.control,
+        is_valid=lambda reply: parse(reply) is not None,
         seed=config.data.eval_seed,
+        temperature=0.0,
+        max_reply_tokens=limit,
+        batch_size=config.rollout.batch_size,
+        constraint=(lambda: reply_grammar(codec, template, judgement_endings(), limit))
+        if config.rollout.constrained
+        else None,
+        kv_gib=config.rollout.kv_gib,
+        attention=config.rollout.attention,
+        progress=progress,
     )
-
-    def parse(reply: Reply):
-        ended = reply.ids[-1] == parts.template.end_of_turn
-        return parse_judgement(parts.codec.decode(reply.ids[:-1])) if ended else None
-
-    def ask(chosen: list[int], temperature: float, attempt: int) -> list:
-        ids = [(first + n) * 2 + attempt for n in chosen]
-        replies = sampler.reply(chosen, [views[n] for n in chosen], [USER] * len(chosen), ids, temperature)
-        return [parse(reply) for reply in replies]
-
-    judged = ask(list(range(len(views))), 0.0, 0)
-    again = [n for n, judgement in enumerate(judged) if judgement is None]
-    if again:
-        for n in again:
-            sampler.cache.lengths[n] = len(views[n]) - 1
-        for n, judgement in zip(again, ask(again, 1.0, 1), strict=True):
-            judged[n] = judgement
-    return judged
+    return [parse(reply) for reply in replies]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +210,8 @@ class EvaluateConfig:
     """How many users, if not as many as the run's."""
     candidates: str | None = None
     """Other candidates than the run's (see `data.candidates`); figures of different modes are not comparable."""
+    constrained: bool = False
+    """Hold replies to their format, so that every one can be read; figures are not comparable with others."""
     out: str | None = None
     """Where to write the figures. Default: `RUN/evaluation-<settings>.json`."""
 
@@ -229,6 +229,9 @@ def evaluate_run(options: EvaluateConfig) -> Path:
     }
     config = replace(config, data=replace(config.data, **changes))
     check(config)
+    if options.constrained:
+        config = replace(config, rollout=replace(config.rollout, constrained=True))
+        changes["constrained"] = True
     screen = Screen()
     parts = build(config, folder, screen, adapters_follow=True)
     for agent, name in enumerate(("recommender", "user")):

@@ -64,18 +64,22 @@ def run_steps(config: Config, run: RunFolder, start: Path | None, screen: Screen
         for step in range(first_step, config.train.num_steps):
             begun = time.perf_counter()
             episodes = [parts.episode(task) for task in parts.tasks.train_tasks(step)]
-            play(
+            rollout = play(
                 parts.decoder,
                 episodes,
                 seed=config.seed * 1_000_003 + step,
                 temperature=config.rollout.temperature,
                 max_reply_tokens=config.rollout.max_reply_tokens,
                 batch_size=config.rollout.batch_size,
+                kv_gib=config.rollout.kv_gib,
+                attention=config.rollout.attention,
+                watch=lambda figures, done=step: advance(done, f"playing {figures.line()}"),
             )
             played = time.perf_counter()
             turns = trajectories(episodes, config.game)  # rewards, weights and references of every turn
             metrics = learner.update(turns, step) | step_metrics(episodes)
             metrics |= {"seconds_rollout": played - begun, "seconds_train": time.perf_counter() - played}
+            metrics |= rollout.metrics()
             done = step + 1
             run.append_metrics({"kind": "train", "step": done, **metrics})
             last = done == config.train.num_steps

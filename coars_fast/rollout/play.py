@@ -1,118 +1,38 @@
-"""Play episodes in lockstep: all recommenders that are due, then all users, until every conversation is over.
+"""Play episodes, or ask one agent many things, with a decoder's rollout engine.
 
-The K/V of both views stays cached across turns; each turn prefills only what is new to the agent. Log-probs are
-recorded when a token is sampled. A token depends on the seed, its episode's id and its position, never on the batch:
-noise is counter-based (`coars_kernels.sample_with_logprob`). Left out: continuous batching, paging, graphs (the
-engine's).
+A token depends on the seed, its episode's number and its position, never on the batch: noise is counter-based
+(`coars_kernels.sample_with_logprob`). Log-probs are recorded when a token is sampled.
+
+Engines are kept with their decoders, so that memory and captured graphs last from one call to the next.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from coars_fast.errors import ConfigError
 from coars_fast.game.episode import Episode, Reply
 from coars_fast.model.decoder import Decoder
-from coars_fast.rollout.cache import CachedAttention, KVCache
-from coars_kernels import sample_with_logprob
+from coars_fast.rollout.engine import PAGE_SIZE, Engine
+from coars_fast.rollout.grammar import episode_endings, reply_grammar
+from coars_fast.rollout.sampling import Constraint, Sampling
+from coars_fast.rollout.scheduler import Conversation, Scheduler, Statistics, check_conversations
 
 Progress = Callable[[int, int], None]
 
 
-class Sampler:
-    """Extends cached sequences and samples replies from them.
+class _Engines(dict[str, Engine]):
+    """A decoder's engines by their attention, kept on the decoder: they go when it goes, and its copies have none."""
 
-    Args:
-        decoder: model with both adapters.
-        num_sequences: rows of the cache.
-        control: tokens that end a reply.
-        max_reply_tokens: bound of a reply.
-        seed: of the sampling noise.
-    """
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Engines:
+        return _Engines()
 
-    def __init__(
-        self, decoder: Decoder, *, num_sequences: int, control: frozenset[int], max_reply_tokens: int, seed: int
-    ):
-        weight, shape = decoder.head_weight, decoder.config
-        self.decoder, self.seed, self.max_reply_tokens = decoder, seed, max_reply_tokens
-        self.device = weight.device
-        self.control = torch.zeros(weight.shape[0], dtype=torch.bool)
-        self.control[sorted(control)] = True
-        self.cache = KVCache(
-            num_sequences=num_sequences,
-            num_layers=shape.num_layers,
-            num_kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim,
-            dtype=weight.dtype,
-            device=self.device,
-        )
-
-    def _next_logits(self, rows: Sequence[int], tokens: Tensor, lengths: Sequence[int], agents: Tensor) -> Tensor:
-        """Append packed tokens [N] to rows; [B, V] fp32 logits after each row's last one."""
-        attend = CachedAttention(self.cache, rows, lengths)
-        agent_ids = agents[attend.token_batch]
-        hidden = self.decoder(tokens.to(self.device), attend.position_ids, attend, agent_ids)
-        attend.commit()
-        return hidden[attend.last].float() @ self.decoder.head_weight.T.float()
-
-    @torch.no_grad()
-    def reply(
-        self,
-        rows: Sequence[int],
-        views: Sequence[Sequence[int]],
-        agents: Sequence[int],
-        ids: Sequence[int],
-        temperature: float,
-    ) -> list[Reply]:
-        """Sample one reply for each sequence.
-
-        Args:
-            rows: cache rows; what a row has cached is a prefix of its view.
-            views: all tokens that the agent has seen, its open header last.
-            agents: adapter of each.
-            ids: keys of the sampling noise.
-            temperature: 0 is greedy.
-        """
-        limit = self.decoder.config.max_position_embeddings
-        longest = max(len(view) for view in views) + self.max_reply_tokens
-        if longest > limit:
-            raise ConfigError(
-                f"a conversation of {longest} tokens does not fit the model's {limit} positions: lower "
-                f"data.history_length, the number of candidates, game.max_turns or rollout.max_reply_tokens"
-            )
-        self.cache.reserve(longest)
-        count = len(rows)
-        new = [view[self.cache.lengths[row] :] for row, view in zip(rows, views, strict=True)]
-        agents_B = torch.tensor(agents, dtype=torch.int8, device=self.device)
-        ids_B = torch.tensor(ids, device=self.device)
-        position_B = torch.tensor([len(view) for view in views], device=self.device)
-        tokens = torch.tensor([token for part in new for token in part])
-        logits = self._next_logits(rows, tokens, [len(part) for part in new], agents_B)
-        sampled: list[list[int]] = [[] for _ in range(count)]
-        logps: list[list[float]] = [[] for _ in range(count)]
-        alive = list(range(count))
-        for drawn in range(self.max_reply_tokens):
-            token_B, logp_B = sample_with_logprob(
-                logits, seed=self.seed, sequence_id=ids_B, position=position_B + drawn, temperature=temperature
-            )
-            token_B, logp_B = token_B.cpu(), logp_B.cpu()
-            ended = self.control[token_B].tolist()
-            for b, token, logp in zip(alive, token_B.tolist(), logp_B.tolist(), strict=True):
-                sampled[b].append(token)
-                logps[b].append(logp)
-            keep = [i for i, over in enumerate(ended) if not over]
-            if not keep or drawn == self.max_reply_tokens - 1:
-                break
-            if len(keep) < len(alive):
-                index = torch.tensor(keep, device=self.device)
-                alive = [alive[i] for i in keep]
-                agents_B, ids_B, position_B = agents_B[index], ids_B[index], position_B[index]
-                token_B = token_B[torch.tensor(keep)]
-            logits = self._next_logits([rows[b] for b in alive], token_B, [1] * len(alive), agents_B)
-        return [Reply(tuple(s), tuple(p)) for s, p in zip(sampled, logps, strict=True)]
+    def __reduce__(self) -> Any:
+        return _Engines, ()
 
 
 def play(
@@ -124,8 +44,12 @@ def play(
     max_reply_tokens: int,
     batch_size: int,
     resample_invalid: bool = False,
+    constrained: bool = False,
+    kv_gib: float | None = None,
+    attention: str = "auto",
     progress: Progress | None = None,
-) -> None:
+    watch: Callable[[Statistics], None] | None = None,
+) -> Statistics:
     """Play episodes to their end; they hold the outcome.
 
     Args:
@@ -136,52 +60,195 @@ def play(
         max_reply_tokens: longer replies are cut and invalid.
         batch_size: episodes at the same time.
         resample_invalid: draw an invalid reply once more (at temperature 1), as an evaluation does.
+        constrained: hold replies to their format; log-probs are then those of what was allowed.
+        kv_gib: memory for keys and values; None takes what the episodes need, up to half of what is free.
+        attention: as for `Engine`.
         progress: called with (episodes done, episodes).
+        watch: called with the figures so far.
+
+    Raises:
+        ConfigError: an episode that may not fit the model's positions or the memory, with its size and the limit; or an
+            adapter, an attention or a token that is not there. Before anything is played.
     """
-    for first in range(0, len(episodes), batch_size):
-        batch = episodes[first : first + batch_size]
-        control = batch[0].template.control
-        sampler = Sampler(
-            decoder,
-            num_sequences=2 * len(batch),
-            control=control,
-            max_reply_tokens=max_reply_tokens,
-            seed=seed,
-        )
-        agent = 0
-        while any(episode.waiting is not None for episode in batch):
-            due = [i for i, episode in enumerate(batch) if episode.waiting == agent]
-            if due:
-                _take_turn(sampler, batch, due, agent, first, temperature, resample_invalid)
-            agent = 1 - agent
-            if progress:
-                progress(first + sum(episode.waiting is None for episode in batch), len(episodes))
+
+    def constraint(conversation: Conversation) -> Constraint:
+        assert isinstance(conversation, Episode)
+        endings = episode_endings(conversation)
+        return reply_grammar(conversation.codec, conversation.template, endings, max_reply_tokens)
+
+    return _run(
+        decoder,
+        episodes,
+        sampling=Sampling(seed=seed, control=episodes[0].template.control if episodes else frozenset()),
+        temperature=temperature,
+        max_reply_tokens=max_reply_tokens,
+        batch_size=batch_size,
+        noise_id=lambda number, agent, attempt: (number * 2 + agent) * 2 + attempt,
+        resample_invalid=resample_invalid,
+        constraint=constraint if constrained else None,
+        kv_gib=kv_gib,
+        attention=attention,
+        progress=progress,
+        watch=watch,
+    )
 
 
-def _take_turn(
-    sampler: Sampler,
-    batch: Sequence[Episode],
-    due: Sequence[int],
+@dataclass
+class _View:
+    tokens: list[int]
+
+
+@dataclass
+class Question:
+    """A conversation of a single reply."""
+
+    agent: int
+    prompt: list[int]
+    valid: Callable[[Reply], bool]
+    reply: Reply | None = None
+    views: tuple[_View, _View] = field(init=False)
+
+    def __post_init__(self) -> None:
+        views = [_View([]), _View([])]
+        views[self.agent] = _View(self.prompt)
+        self.views = (views[0], views[1])
+
+    @property
+    def waiting(self) -> int | None:
+        """See `Conversation`."""
+        return self.agent if self.reply is None else None
+
+    def is_valid(self, reply: Reply) -> bool:
+        """See `Conversation`."""
+        return self.valid(reply)
+
+    def receive(self, reply: Reply) -> None:
+        """See `Conversation`."""
+        self.reply = reply
+
+    def longest_views(self, max_reply_tokens: int) -> tuple[int, int]:
+        """See `Conversation`."""
+        lengths = [0, 0]
+        lengths[self.agent] = len(self.prompt) + max_reply_tokens
+        return lengths[0], lengths[1]
+
+
+def ask(
+    decoder: Decoder,
+    prompts: Sequence[list[int]],
     agent: int,
-    first: int,
+    *,
+    control: frozenset[int],
+    is_valid: Callable[[Reply], bool],
+    seed: int,
     temperature: float,
-    resample_invalid: bool,
-) -> None:
-    """Let `agent` speak in the episodes that are due."""
+    max_reply_tokens: int,
+    batch_size: int,
+    constraint: Callable[[], Constraint] | None = None,
+    kv_gib: float | None = None,
+    attention: str = "auto",
+    progress: Progress | None = None,
+) -> list[Reply]:
+    """One reply to each prompt; one that is not valid is drawn once more, at temperature 1.
 
-    def sample(chosen: Sequence[int], heat: float, attempt: int) -> list[Reply]:
-        rows = [agent * len(batch) + i for i in chosen]
-        views = [batch[i].views[agent].tokens for i in chosen]
-        ids = [((first + i) * 2 + agent) * 2 + attempt for i in chosen]
-        return sampler.reply(rows, views, [agent] * len(rows), ids, heat)
+    Args:
+        decoder: model with both adapters.
+        prompts: tokens, the agent's open header last; prompt i draws its noise from (seed, i, position).
+        agent: who answers.
+        control: tokens that end a reply.
+        is_valid: whether a reply can be used.
+        constraint: makes what holds a reply to its format.
+        seed, temperature, max_reply_tokens, batch_size, kv_gib, attention, progress: as for `play`.
+    """
+    questions = [Question(agent, prompt, is_valid) for prompt in prompts]
+    _run(
+        decoder,
+        questions,
+        sampling=Sampling(seed=seed, control=control),
+        temperature=temperature,
+        max_reply_tokens=max_reply_tokens,
+        batch_size=batch_size,
+        noise_id=lambda number, agent, attempt: number * 2 + attempt,
+        resample_invalid=True,
+        constraint=None if constraint is None else lambda conversation: constraint(),
+        kv_gib=kv_gib,
+        attention=attention,
+        progress=progress,
+        watch=None,
+    )
+    return [question.reply for question in questions if question.reply is not None]
 
-    replies = dict(zip(due, sample(due, temperature, 0), strict=True))
-    if resample_invalid:
-        again = [i for i in due if not batch[i].is_valid(replies[i])]
-        if again:
-            for i in again:  # back to the last token of the context: the next logits come from it
-                row = agent * len(batch) + i
-                sampler.cache.lengths[row] = len(batch[i].views[agent].tokens) - 1
-            replies |= dict(zip(again, sample(again, 1.0, 1), strict=True))
-    for i in due:
-        batch[i].receive(replies[i])
+
+def _run(
+    decoder: Decoder,
+    conversations: Sequence[Conversation],
+    *,
+    sampling: Sampling,
+    max_reply_tokens: int,
+    batch_size: int,
+    kv_gib: float | None,
+    attention: str,
+    progress: Progress | None,
+    watch: Callable[[Statistics], None] | None,
+    **options: Any,
+) -> Statistics:
+    if not conversations:
+        return Statistics(0, 0, 0)
+    engine = _engine(decoder, conversations, max_reply_tokens, batch_size, kv_gib, attention)
+    positions = decoder.config.max_position_embeddings
+    check_conversations(conversations, engine.pool, positions, max_reply_tokens)
+
+    def tell(figures: Statistics) -> None:
+        if progress:
+            progress(figures.done, figures.conversations)
+        if watch:
+            watch(figures)
+
+    if engine.drafter is not None:
+        engine.drafter.clear()
+    return Scheduler(
+        engine, conversations, sampling=sampling, max_reply_tokens=max_reply_tokens, batch_size=batch_size, watch=tell,
+        **options,
+    ).run()  # fmt: skip
+
+
+def _engine(
+    decoder: Decoder,
+    conversations: Sequence[Conversation],
+    max_reply_tokens: int,
+    batch_size: int,
+    kv_gib: float | None,
+    attention: str,
+) -> Engine:
+    """The decoder's engine of this kind of attention, with a memory for these conversations."""
+    shape, head = decoder.config, decoder.head_weight
+    page_size = PAGE_SIZE.get(head.device.type, 16)
+    page_bytes = shape.num_layers * 2 * shape.num_kv_heads * shape.head_dim * page_size * head.dtype.itemsize
+    # Both views of as many as play at the same time, with a page each for what is copied of a shared prompt.
+    needs = [sum(2 + n // page_size for n in c.longest_views(max_reply_tokens)) for c in conversations]
+    needed = sum(sorted(needs, reverse=True)[:batch_size])
+    known: _Engines = vars(decoder).setdefault("_rollout_engines", _Engines())
+    engine = known.get(attention)
+    room = _free_bytes(head.device) // 2 if kv_gib is None else int(kv_gib * 2**30)
+    if engine is not None and (engine.device, engine.pool.kv.dtype) == (head.device, head.dtype):
+        used = engine.pool.num_pages
+        if needed <= used and (kv_gib is None or used * page_bytes <= room):
+            engine.refresh()
+            return engine
+        room += used * page_bytes if kv_gib is None else 0
+    known.pop(attention, None)
+    del engine  # before memory is taken
+    # A little more than is needed now, so that the next call's slightly longer conversations fit as well.
+    num_pages = max(1, min(needed + needed // 4, room // page_bytes))
+    made = Engine(decoder, num_pages=num_pages, page_size=page_size, attention=attention)
+    known[attention] = made
+    return made
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError):  # not every system says; `kv_gib` does
+        return 8 * 2**30
