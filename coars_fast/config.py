@@ -17,6 +17,7 @@ from coars_fast.errors import ConfigError
 Objective = Literal["faithful", "clipped", "cispo", "gspo"]
 StageSensitivity = Literal["asym", "linear", "log", "none"]
 Excluded = Literal["recommender", "both", "none"]
+Rewards = Literal["coupled", "outcome", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +131,9 @@ class GameConfig:
     prompts: Literal["brief", "full"] = "brief"
     """`full` explains the task and the reply format to a model that has never seen them; `brief` suits models trained
     on them."""
+    rewards: Rewards = "coupled"
+    """`coupled`: Eq. 7 and 8; `outcome`: +1 or -1 by whether an episode's last recommendation was right (recommender,
+    all turns) and whether a turn's label was right (user), nothing excluded; `none`: 0, so only the credit acts."""
     alpha: float = 0.1
     """How strongly similar peers temper the user's reward (Eq. 8)."""
     stage: StageSensitivity = "asym"
@@ -406,6 +410,10 @@ def _contradictions(config: Config) -> list[str]:
         (
             objective == "faithful" and train.minibatches > 1,
             "--objective faithful has no importance ratio: train.minibatches must be 1",
+        ),
+        (
+            config.game.rewards == "none" and not config.loss.credit_weight,
+            "game.rewards: none leaves the credit alone to learn from, but loss.credit_weight is 0; raise it",
         ),
         (
             config.loss.baseline == "group" and train.group_size == 1,

@@ -21,7 +21,7 @@ from coars_fast.game.prompts import (
     parse_judgement,
     parse_recommendation,
 )
-from coars_fast.game.rewards import TurnReward, reward_turn
+from coars_fast.game.rewards import TurnReward, final_reward, reward_turn
 from coars_fast.game.template import TextCodec, TokenTemplate
 
 RECOMMENDER, USER = 0, 1
@@ -205,10 +205,25 @@ class Episode:
         )
         clicked = turn.judgement is not None and turn.judgement.action == "click"
         if clicked or turn.number == game.max_turns:
-            self.waiting = None
+            self._end()
             return
         self.views[RECOMMENDER].tokens.extend(self.template.message("user", answer))
         self._ask(RECOMMENDER)
+
+    def _end(self) -> None:
+        """The outcome is known: settle what every turn has earned."""
+        self.waiting = None
+        for turn in self.turns:
+            assert turn.reward is not None
+            turn.reward = final_reward(
+                turn.reward,
+                self.config.rewards,
+                hit=turn.hit,
+                solved=self.turns[-1].hit,
+                rec_valid=turn.item is not None,
+                judgement=turn.judgement,
+                user_spoke=turn.user_spoke,
+            )
 
 
 def history_text(history: Sequence[int], titles: Sequence[str], config: GameConfig) -> str:

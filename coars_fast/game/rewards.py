@@ -1,4 +1,5 @@
-"""Interaction rewards of both agents (CoARS Eq. 7 and 8), stage sensitivity D_t and the exclusion rule.
+"""Interaction rewards of both agents (CoARS Eq. 7 and 8), stage sensitivity D_t and the exclusion rule; and what stands
+in their place in controls.
 
 What the public material leaves open is chosen here and marked so: D_t's shape, the value of an invalid reply, and that
 the exclusion applies to the recommender's reward only (DESIGN section 1 says why).
@@ -7,9 +8,9 @@ the exclusion applies to the recommender's reward only (DESIGN section 1 says wh
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from coars_fast.config import Excluded, StageSensitivity
+from coars_fast.config import Excluded, Rewards, StageSensitivity
 from coars_fast.game.prompts import Judgement
 
 NEUTRAL_SCORE = 0.5
@@ -87,4 +88,34 @@ def reward_turn(
         rec=None if excluded and exclude in ("recommender", "both") else rec,
         user=None if excluded and exclude == "both" else user,
         excluded=excluded,
+    )
+
+
+def final_reward(
+    coupled: TurnReward,
+    kind: Rewards,
+    *,
+    hit: bool,
+    solved: bool,
+    rec_valid: bool,
+    judgement: Judgement | None,
+    user_spoke: bool,
+) -> TurnReward:
+    """What a turn has earned once its episode is over, by `game.rewards`. Both controls are our choice.
+
+    `coupled`: what it is. `outcome`: in each turn the recommender earns 1 if the episode's last recommendation was
+    right (`solved`), else -1; the user agent 1 if it accepted the truth or turned down anything else, else -1. An
+    invalid reply earns -1 here too; nothing is excluded. `none`: 0, also of an invalid reply; what the exclusion rule
+    leaves out stays left out, so that only the rewards are missing.
+    """
+    if kind == "coupled":
+        return coupled
+    if kind == "none":
+        rec, user = (None if reward is None else 0.0 for reward in (coupled.rec, coupled.user))
+        return replace(coupled, rec=rec, user=user)
+    right = judgement is not None and judgement.positive == hit
+    return replace(
+        coupled,
+        rec=1.0 if rec_valid and solved else -1.0,
+        user=(1.0 if right else -1.0) if user_spoke else None,
     )

@@ -6,8 +6,17 @@ from typing import Any
 
 import pytest
 
+from coars_fast.config import Config, GameConfig, LossConfig, check
+from coars_fast.errors import ConfigError
 from coars_fast.game.prompts import Judgement
-from coars_fast.game.rewards import TurnReward, recommender_reward, reward_turn, stage_sensitivity, user_reward
+from coars_fast.game.rewards import (
+    TurnReward,
+    recommender_reward,
+    reward_turn,
+    stage_sensitivity,
+    user_reward,
+)
+from tests.game_pieces import an_episode, judge, recommend, say
 
 
 def turn(**changes: Any) -> TurnReward:
@@ -158,3 +167,55 @@ def test_an_invalid_judgement_costs_the_user_one_and_leaves_the_recommender_half
 ) -> None:
     found = turn(hit=hit, judgement=None, peer_similarity=1.0, exclude=exclude)
     assert (found.rec, found.user, found.excluded) == (pytest.approx(rec), -1.0, False)
+
+
+# ------------------------------------------------------------------------------------------------------------ controls
+
+
+def rewards_of(kind: Any, *replies: str, **game: Any) -> list[TurnReward]:
+    """Rewards of an episode's turns when these replies were given; the truth is Delta."""
+    episode = an_episode(GameConfig(rewards=kind, **{"max_turns": 2} | game))
+    for text in replies:
+        episode.receive(say(episode, text))
+    assert episode.waiting is None
+    return [turn.reward for turn in episode.turns if turn.reward is not None]
+
+
+MISS_THEN_HIT = (recommend("Gamma"), judge("star", "0.60"), recommend("Delta"), judge("skip", "0.30"))
+
+
+def test_outcome_pays_the_last_recommendation_in_every_turn_and_the_label_in_its_own() -> None:
+    # An accepted miss is excluded from the recommender's coupled reward; here it earns what the episode does.
+    first, second = rewards_of("outcome", *MISS_THEN_HIT)
+    assert (first.rec, first.user, first.excluded) == (1.0, -1.0, True)
+    assert (second.rec, second.user, second.excluded) == (1.0, -1.0, False)
+    first, second = rewards_of(
+        "outcome", recommend("Omega"), judge("dislike", "0.10"), recommend("Gamma"), judge("click", "0.90")
+    )
+    assert [(r.rec, r.user) for r in (first, second)] == [(-1.0, 1.0), (-1.0, -1.0)]
+    (only,) = rewards_of("outcome", recommend("Delta"), judge("click", "0.90"))
+    assert (only.rec, only.user) == (1.0, 1.0)
+
+
+def test_invalid_replies_lose_under_outcome_too() -> None:
+    first, second = rewards_of("outcome", "no item", recommend("Delta"), "no action")
+    assert (first.rec, first.user) == (-1.0, None)  # though the episode ends well
+    assert (second.rec, second.user) == (1.0, -1.0)
+
+
+def test_without_rewards_every_turn_earns_nothing_and_exclusion_stays() -> None:
+    assert [(r.rec, r.user) for r in rewards_of("none", *MISS_THEN_HIT)] == [(None, 0.0), (0.0, 0.0)]
+    kept = rewards_of("none", *MISS_THEN_HIT, exclude_accepted_misses="none")
+    assert [(r.rec, r.user) for r in kept] == [(0.0, 0.0)] * 2
+    assert [(r.rec, r.user) for r in rewards_of("none", "no item", "no item")] == [(0.0, None)] * 2
+
+
+def test_coupled_rewards_are_those_of_the_turns() -> None:
+    first, second = rewards_of("coupled", *MISS_THEN_HIT, stage="none", alpha=0.0)
+    assert (first.rec, first.user) == (None, pytest.approx(-0.2))
+    assert (second.rec, second.user) == (pytest.approx(0.65), pytest.approx(-0.4))
+
+
+def test_no_rewards_and_no_credit_are_refused() -> None:
+    with pytest.raises(ConfigError, match="^game.rewards: none .* loss.credit_weight is 0"):
+        check(Config(game=GameConfig(rewards="none"), loss=LossConfig(credit_weight=0.0)))
