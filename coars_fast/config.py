@@ -17,6 +17,7 @@ from coars_fast.errors import ConfigError
 Objective = Literal["faithful", "clipped", "cispo", "gspo"]
 StageSensitivity = Literal["asym", "linear", "log", "none"]
 Excluded = Literal["recommender", "both", "none"]
+CreditForm = Literal["token", "gated", "turn", "shuffled", "constant"]
 Rewards = Literal["coupled", "outcome", "none"]
 
 
@@ -173,6 +174,10 @@ class LossConfig:
     """lambda_SD: weight of the token credit. 0 skips the teacher."""
     credit_clip: float = 1.0
     """Bound of a token's credit."""
+    credit_form: CreditForm = "token"
+    """`token`: Eq. 10; `gated`: times the sigmoid of the difference of log-probs, which keeps what the teacher endorses
+    and softens what it rejects; `turn`: each token gets its turn's mean. Controls: `shuffled`, the credits of other
+    tokens of the update; `constant`, one negative number for each token of probability below .5, 0 for the others."""
     credit_center: bool | None = None
     """Subtract each agent's mean credit over the batch; by default for every objective but `faithful`. The mean is
     negative, and uncentred pushes down all that was said, the reply's form too."""
@@ -414,6 +419,10 @@ def _contradictions(config: Config) -> list[str]:
         (
             config.game.rewards == "none" and not config.loss.credit_weight,
             "game.rewards: none leaves the credit alone to learn from, but loss.credit_weight is 0; raise it",
+        ),
+        (
+            config.loss.credit_form != "token" and not config.loss.credit_weight,
+            f"loss.credit_form: {config.loss.credit_form} does nothing at loss.credit_weight 0; raise the weight",
         ),
         (
             config.loss.baseline == "group" and train.group_size == 1,

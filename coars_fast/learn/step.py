@@ -19,6 +19,7 @@ from torch import Tensor
 from coars_fast.config import Config
 from coars_fast.data.records import Trajectory
 from coars_fast.errors import NonFiniteError
+from coars_fast.learn.credit import agent_means, credit_of, gather
 from coars_fast.learn.metrics import AGENT_NAMES, combined, token_metrics, whole
 from coars_fast.learn.objective import normalise
 from coars_fast.learn.packing import PackedBatch, Work, check_budget, pack, split
@@ -105,11 +106,14 @@ class Learner:
             found = self._with_old_logp(found)
         # Both views of an episode stay in one minibatch; neighbours are spread so that minibatches look alike.
         minibatches = [[t for t in found if t.episode % parts == part] for part in range(parts)]
-        metrics = combined([self._update_minibatch(chosen) for chosen in minibatches if chosen])
+        seed = (self.config.seed * 1_000_003 + step) * parts
+        metrics = combined(
+            [self._update_minibatch(chosen, seed + part) for part, chosen in enumerate(minibatches) if chosen]
+        )
         return metrics | {"episodes_dropped": float(num_dropped)}
 
-    def _update_minibatch(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
-        baseline = self.config.loss.baseline
+    def _update_minibatch(self, trajectories: Sequence[Trajectory], seed: int) -> dict[str, float]:
+        loss, baseline = self.config.loss, self.config.loss.baseline
         if baseline == "auto":
             baseline = "none" if self.config.objective == "faithful" else "turn"
         num_episodes = len({t.episode for t in trajectories})
@@ -118,8 +122,8 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         batches = self._batches(ready)
         credit_means = None
-        if self.credit_center and self.config.loss.credit_weight and len(batches) > 1:
-            batches, credit_means = self._credit_means(batches)
+        if loss.credit_weight and (loss.credit_form != "token" or (self.credit_center and len(batches) > 1)):
+            batches, credit_means = self._with_credit(batches, seed)
         parts = [self._backward(batch, credit_means) for batch in batches]
         norms = self._clip_gradients(ready, credit_means)
         self.optimizer.step()
@@ -159,7 +163,10 @@ class Learner:
         return norms
 
     def _unfit_episodes(self, trajectories: Sequence[Trajectory], agent: int, credit_means: Tensor | None) -> list[int]:
-        """Episodes whose own gradient of an agent's adapter is not finite; one backward pass each."""
+        """Episodes whose own gradient of an agent's adapter is not finite; one backward pass each.
+
+        Credit is bounded in every form, so here it is Eq. 10's.
+        """
         found = []
         for episode in sorted({t.episode for t in trajectories}):
             self.optimizer.zero_grad(set_to_none=True)
@@ -225,32 +232,34 @@ class Learner:
         return replace(batch, teacher_logp=linear_logprob(hidden, self.decoder.head_weight, batch.target))
 
     @torch.no_grad()
-    def _credit_means(self, batches: Sequence[PackedBatch]) -> tuple[list[PackedBatch], Tensor]:
-        """[2] mean credit of each agent over all micro-batches of an update, which none of them can know alone; and
-        the micro-batches with the teacher's log-probs, which are so computed once."""
-        scored, totals, counts = [], torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
-        for batch in batches:
-            known = self._with_other_teacher(batch)
-            student, teacher = two_stream(
-                self.decoder, known, teacher=known.teacher_logp is None, backend=self.config.model.attention
-            )
-            if teacher is None:
-                logp = linear_logprob(student, self.decoder.head_weight, batch.target)
-                teacher_logp = known.teacher_logp
-            else:
-                logp, teacher_logp = paired_linear_logprob(student, teacher, self.decoder.head_weight, batch.target)
-            assert teacher_logp is not None
-            clip, lengths = self.config.loss.credit_clip, batch.turn_offsets.diff()
-            counted = (batch.turn_weight != 0).repeat_interleave(lengths)
-            agent = batch.turn_agent.long().repeat_interleave(lengths)[counted]
-            credit = (teacher_logp - logp).clamp(-clip, clip)[counted]
-            totals.index_add_(0, agent.cpu(), credit.double().cpu())
-            counts += agent.bincount(minlength=2).cpu()
-            scored.append(replace(batch, teacher_logp=teacher_logp))
-        means = totals / counts.clamp(min=1)
-        if not bool(means.isfinite().all()):
-            raise NonFiniteError(f"the mean credits of the agents are {means.tolist()}; no weight was changed")
-        return scored, means.float().to(self.device)
+    def _with_credit(self, batches: Sequence[PackedBatch], seed: int) -> tuple[list[PackedBatch], Tensor | None]:
+        """What no micro-batch can know alone, from a pass over all of them.
+
+        Returns:
+            The micro-batches with log-probs of the teacher, whose difference from the student's is each token's credit
+            in the form of `loss.credit_form`; and [2] the mean credit of each agent, None unless it is centred.
+        """
+        loss = self.config.loss
+        known = [self._with_other_teacher(batch) for batch in batches]
+        logp, teacher_logp = zip(*map(self._score, known), strict=True)
+        tokens = gather(known, logp, teacher_logp)
+        credit = credit_of(loss.credit_form, tokens, clip=loss.credit_clip, seed=seed)
+        if bool(credit.isnan().any()):
+            found = (tokens.order[credit.isnan()] // len(AGENT_NAMES)).tolist()
+            raise NonFiniteError(f"log-probs of episodes {_some(found)} are not finite; no weight was changed")
+        if loss.credit_form != "token":
+            teacher_logp = (tokens.logp + credit).split([len(values) for values in logp])
+        scored = [replace(batch, teacher_logp=values) for batch, values in zip(known, teacher_logp, strict=True)]
+        return scored, agent_means(credit, tokens).float().to(self.device) if self.credit_center else None
+
+    def _score(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """[R] log-probs of the trained tokens by the student and by its teacher."""
+        weight, attention = self.decoder.head_weight, self.config.model.attention
+        student, teacher = two_stream(self.decoder, batch, teacher=batch.teacher_logp is None, backend=attention)
+        if teacher is not None:
+            return paired_linear_logprob(student, teacher, weight, batch.target)
+        assert batch.teacher_logp is not None
+        return linear_logprob(student, weight, batch.target), batch.teacher_logp
 
     @torch.no_grad()
     def _with_old_logp(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
