@@ -43,9 +43,10 @@ class Parts:
     base: str
     """Path or hub id of the frozen base."""
 
-    def episode(self, task: Task) -> Episode:
-        """A fresh conversation about a task."""
-        return Episode(task, self.dataset.titles, self.codec, self.template, self.config.game)
+    def episode(self, task: Task, *, max_turns: int | None = None) -> Episode:
+        """A fresh conversation about a task, of at most so many turns where they are fewer than the game's."""
+        game = self.config.game
+        return Episode(task, self.dataset.titles, self.codec, self.template, game, max_turns=max_turns)
 
 
 def build(config: Config, folder: Path, screen: Screen, *, adapters_follow: bool = False) -> Parts:

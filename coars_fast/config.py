@@ -211,6 +211,9 @@ class TrainConfig:
     """Training steps: each plays episodes, rewards them and updates both adapters."""
     episodes_per_step: int = 64
     """Episodes a step."""
+    depth_steps: int = 0
+    """Steps over which training episodes grow from 1 turn to `game.max_turns` (after TCOD, arXiv 2604.24005); 0: all
+    turns from the beginning."""
     group_size: int = 1
     """Episodes of the same user and target within a step."""
     minibatches: int = 1
@@ -352,8 +355,8 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda value: value >= 0,
         "seed world.seed sasrec.seed data.eval_seed data.min_item_interactions data.num_peers sasrec.num_epochs "
         "sasrec.patience sasrec.dropout game.alpha loss.credit_weight loss.kl_weight loss.clip_low loss.clip_high "
-        "train.num_steps train.user_learning_rate_factor train.warmup_steps train.weight_decay sft.num_steps "
-        "sft.finding_steps eval.every eval.num_samples eval.num_disc_users",
+        "train.num_steps train.depth_steps train.user_learning_rate_factor train.warmup_steps train.weight_decay "
+        "sft.num_steps sft.finding_steps eval.every eval.num_samples eval.num_disc_users",
     ),
     (
         "must lie between 0 and 1",
@@ -415,6 +418,14 @@ def _contradictions(config: Config) -> list[str]:
         (
             objective == "faithful" and train.minibatches > 1,
             "--objective faithful has no importance ratio: train.minibatches must be 1",
+        ),
+        (
+            train.depth_steps > 0 and config.game.max_turns == 1,
+            "train.depth_steps: episodes of game.max_turns 1 have nothing to grow to; leave one of them away",
+        ),
+        (
+            train.depth_steps > train.num_steps > 0,
+            f"train.depth_steps: {train.depth_steps} are more than all steps, train.num_steps ({train.num_steps})",
         ),
         (
             config.game.rewards == "none" and not config.loss.credit_weight,

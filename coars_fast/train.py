@@ -63,7 +63,8 @@ def run_steps(config: Config, run: RunFolder, start: Path | None, screen: Screen
     with screen.bar("CoARS", config.train.num_steps) as advance:
         for step in range(first_step, config.train.num_steps):
             begun = time.perf_counter()
-            episodes = [parts.episode(task) for task in parts.tasks.train_tasks(step)]
+            depth = episode_depth(config, step)
+            episodes = [parts.episode(task, max_turns=depth) for task in parts.tasks.train_tasks(step)]
             rollout = play(
                 parts.decoder,
                 episodes,
@@ -91,6 +92,12 @@ def run_steps(config: Config, run: RunFolder, start: Path | None, screen: Screen
                 save(run, learner, parts, done)
             advance(done, step_line(metrics))
     finish(parts, run, before, screen)
+
+
+def episode_depth(config: Config, step: int) -> int:
+    """Turns of a training episode at a step (from 0): from 1 to `game.max_turns`, evenly over `train.depth_steps`."""
+    most, over = config.game.max_turns, config.train.depth_steps
+    return most if step >= over else 1 + (most - 1) * step // over
 
 
 def first_evaluation(parts: Parts, run: RunFolder, screen: Screen) -> Evaluation:

@@ -81,12 +81,21 @@ class Episode:
         titles: the catalogue.
         codec, template: the model's tokens.
         config: turns, prompts and rewards.
+        max_turns: how many turns it has at most, if fewer than `config.max_turns`, by which D_t goes all the same.
     """
 
     def __init__(
-        self, task: Task, titles: Sequence[str], codec: TextCodec, template: TokenTemplate, config: GameConfig
+        self,
+        task: Task,
+        titles: Sequence[str],
+        codec: TextCodec,
+        template: TokenTemplate,
+        config: GameConfig,
+        *,
+        max_turns: int | None = None,
     ):
         self.task, self.titles, self.codec, self.template, self.config = task, titles, codec, template, config
+        self.max_turns = config.max_turns if max_turns is None else max_turns
         self.prompts = PROMPTS[config.prompts]
         self.candidate_titles = [one_line(titles[i]) for i in task.candidates]
         self.turns: list[Turn] = []
@@ -110,11 +119,11 @@ class Episode:
 
     def longest_views(self, max_reply_tokens: int) -> tuple[int, int]:
         """By agent: tokens that its view has at most when its last reply ends, from now on."""
-        game, template = self.config, self.template
+        template = self.template
         header, end = {role: len(ids) for role, ids in template.headers.items()}, len(template.end)
         answer = max(max_reply_tokens, len(self.codec.encode(self.prompts.invalid_rec)))
         peers = max((len(self._peers(n)) for n in range(len(self.candidate_titles))), default=0)
-        more = game.max_turns - len(self.turns)
+        more = self.max_turns - len(self.turns)
         own = header["assistant"] + max_reply_tokens + end
         rec, user = (len(view.tokens) for view in self.views)
         return (
@@ -204,7 +213,7 @@ class Episode:
             exclude=game.exclude_accepted_misses,
         )
         clicked = turn.judgement is not None and turn.judgement.action == "click"
-        if clicked or turn.number == game.max_turns:
+        if clicked or turn.number == self.max_turns:
             self._end()
             return
         self.views[RECOMMENDER].tokens.extend(self.template.message("user", answer))

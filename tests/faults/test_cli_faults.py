@@ -115,6 +115,7 @@ def test_no_number_may_be_negative():
         "sft.num_steps",
         "sft.finding_steps",
         "train.warmup_steps",
+        "train.depth_steps",
         "eval.num_samples",
         "eval.num_disc_users",
         "data.min_item_interactions",
