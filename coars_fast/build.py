@@ -169,10 +169,18 @@ def _sasrec(config: Config, dataset: Dataset, folder: Path, screen: Screen) -> S
 def _prompt_texts(config: Config) -> list[str]:
     """All that an agent reads or writes beside titles."""
     from coars_fast.game.episode import peers_text
-    from coars_fast.game.prompts import ACTIONS, PROMPTS, format_judgement, format_recommendation
+    from coars_fast.game.prompts import (
+        ACTIONS,
+        OTHER_REFERENCES,
+        PROMPTS,
+        format_judgement,
+        format_recommendation,
+    )
     from coars_fast.warm_start import NOT_WANTED, WANTED, reason
 
     prompts = [str(text) for text in vars(PROMPTS[config.game.prompts]).values()]
+    if config.game.reference == "truth":
+        prompts += vars(OTHER_REFERENCES[config.game.prompts]).values()
     replies = [format_judgement(words, action, 0.5) for words in (WANTED, NOT_WANTED) for action in ACTIONS]
     peers = [peers_text(count, config.data.num_peers, config.game) for count in range(config.data.num_peers + 1)]
     return [*prompts, *replies, *peers, format_recommendation(reason(""), "")]

@@ -18,6 +18,7 @@ Objective = Literal["faithful", "clipped", "cispo", "gspo"]
 StageSensitivity = Literal["asym", "linear", "log", "none"]
 Excluded = Literal["recommender", "both", "none"]
 CreditForm = Literal["token", "gated", "turn", "shuffled", "constant"]
+Reference = Literal["template", "truth", "other_user", "empty"]
 Rewards = Literal["coupled", "outcome", "none"]
 
 
@@ -135,6 +136,10 @@ class GameConfig:
     rewards: Rewards = "coupled"
     """`coupled`: Eq. 7 and 8; `outcome`: +1 or -1 by whether an episode's last recommendation was right (recommender,
     all turns) and whether a turn's label was right (user), nothing excluded; `none`: 0, so only the credit acts."""
+    reference: Reference = "template"
+    """d_t, what only the teacher sees. `template`: right or wrong, the true item, the right action (and with `full`
+    prompts the answer that was given); `truth`: the true item or the right action alone. Controls: `other_user`, the
+    `template` of another user's turn in the same step; `empty`, nothing, so that the credit is 0."""
     alpha: float = 0.1
     """How strongly similar peers temper the user's reward (Eq. 8)."""
     stage: StageSensitivity = "asym"
@@ -426,6 +431,19 @@ def _contradictions(config: Config) -> list[str]:
         (
             train.depth_steps > train.num_steps > 0,
             f"train.depth_steps: {train.depth_steps} are more than all steps, train.num_steps ({train.num_steps})",
+        ),
+        (
+            config.game.reference != "template" and not config.loss.credit_weight,
+            f"game.reference: {config.game.reference} does nothing at loss.credit_weight 0; raise the weight",
+        ),
+        (
+            config.game.reference == "other_user" and train.episodes_per_step == train.group_size,
+            "game.reference: other_user needs episodes of several users in a step; raise train.episodes_per_step",
+        ),
+        (
+            config.game.reference == "empty" and (config.loss.credit_form != "token" or config.game.rewards == "none"),
+            "game.reference: with empty the credit is 0, which leaves loss.credit_form without effect and game.rewards "
+            "none with nothing to learn from; use --loss.credit-form token and other rewards",
         ),
         (
             config.game.rewards == "none" and not config.loss.credit_weight,

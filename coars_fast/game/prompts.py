@@ -85,6 +85,23 @@ FULL = PromptSet(
 PROMPTS = {"brief": BRIEF, "full": FULL}
 
 
+@dataclass(frozen=True, kw_only=True)
+class OtherReferences:
+    """Texts of references other than the template's (`game.reference`), with named fields."""
+
+    truth_rec: str
+    truth_user: str
+
+
+OTHER_REFERENCES = {
+    "brief": OtherReferences(truth_rec="Note: the user took {item}", truth_user="Note: {action}."),
+    "full": OtherReferences(
+        truth_rec="Hindsight, for this answer only. The item that the user took next is {item}.",
+        truth_user="Hindsight, for this answer only. The right action is {action}.",
+    ),
+}
+
+
 def name_item(prompts: PromptSet, number: int, title: str) -> str:
     """A candidate as these prompts name it, by its number (from 1) and title or by its title alone."""
     return prompts.item.format(number=number, title=title)

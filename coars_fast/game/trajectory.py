@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from coars_fast.config import GameConfig
 from coars_fast.data.records import TrainedTurn, Trajectory
 from coars_fast.game.episode import AGENTS, RECOMMENDER, USER, Episode
-from coars_fast.game.reference import branch
+from coars_fast.game.reference import branch, reference_text
 
 
 def balance(hits: Sequence[bool]) -> list[float]:
@@ -37,6 +37,7 @@ def trajectories(episodes: Sequence[Episode], game: GameConfig) -> list[Trajecto
             for turn, span in zip(turns, view.spans, strict=True):
                 assert turn.reward is not None, "the episode is not over"
                 reward = getattr(turn.reward, AGENTS[agent])
+                text = reference_text(episodes, number, turn, agent, game.reference)
                 weight = 1.0 if agent == RECOMMENDER else user_weight.get(id(turn), 0.0)
                 trained.append(
                     TrainedTurn(
@@ -45,7 +46,7 @@ def trajectories(episodes: Sequence[Episode], game: GameConfig) -> list[Trajecto
                         end=span.end,
                         reward=reward or 0.0,
                         weight=0.0 if reward is None else weight,
-                        reference=tuple(branch(episode, turn, agent)),
+                        reference=tuple(branch(episode, turn, agent, text)),
                     )
                 )
             if trained:

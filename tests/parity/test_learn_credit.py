@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from coars_fast.data.records import Trajectory
+from coars_fast.game.trajectory import trajectories
 from coars_fast.learn.packing import PackedBatch, pack
 from coars_fast.learn.step import Learner
 from coars_fast.learn.two_stream import two_stream
@@ -108,3 +110,13 @@ def test_a_teacher_of_other_weights_gives_every_form(found: list[Trajectory]) ->
             found, settings("clipped", loss={"credit_form": form, "credit_weight": 1.0, "teacher": "initial"})
         )
         assert_close(initial, ours, 2e-5)
+
+
+def test_an_empty_reference_gives_the_gradient_without_credit() -> None:
+    decoder = tiny.random_decoder()
+    game = replace(tiny.GAME, reference="empty")
+    episodes = trajectories(tiny.scripted_episodes(decoder, 4, game=game), game)
+    heavy, metrics = update(episodes, settings("clipped", loss={"credit_weight": 3.0}))
+    without, _ = update(episodes, settings("clipped", loss={"credit_weight": 0.0}))
+    assert metrics["credit_abs_mean"] < 1e-6
+    assert_close(heavy, without)

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from coars_fast.config import GameConfig
+from coars_fast.config import Config, GameConfig, LossConfig, TrainConfig, check
+from coars_fast.errors import ConfigError
 from coars_fast.game.episode import RECOMMENDER, USER, Episode, judgement_prompt
-from coars_fast.game.reference import branch, write_reference
+from coars_fast.game.reference import branch, reference_text, write_reference
 from coars_fast.game.trajectory import trajectories
 from tests.game_pieces import TASK, TITLES, an_episode, family, judge, recommend, say
 
@@ -134,3 +135,74 @@ def test_a_branch_is_a_system_message_and_the_header_of_the_reply() -> None:
     assert branch(episode, episode.turns[0], USER) == [
         *template.headers["system"], *episode.codec.encode(text), *template.end, *template.headers["assistant"],
     ]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- other references
+
+
+def test_the_truth_alone_says_neither_verdict_nor_answer() -> None:
+    brief, full = never_found("brief"), never_found("full")
+    texts = [
+        [reference_text([episode], 0, episode.turns[0], agent, "truth") for agent in (RECOMMENDER, USER)]
+        for episode in (brief, full)
+    ]
+    assert texts[0] == ["Note: the user took Delta", "Note: dislike."]
+    assert texts[1] == [
+        "Hindsight, for this answer only. The item that the user took next is 2. Delta.",
+        "Hindsight, for this answer only. The right action is dislike.",
+    ]
+
+
+def of_user(user: int, target: int, *replies: str) -> Episode:
+    episode = an_episode(GameConfig(max_turns=2), task=replace(TASK, user=user, target=target))
+    for text in replies:
+        episode.receive(say(episode, text))
+    assert episode.waiting is None
+    return episode
+
+
+def test_another_users_reference_is_that_of_the_same_turn_of_the_next_one_who_has_it() -> None:
+    accepted = (recommend("Gamma"), judge("click", "0.90"))
+    silent = ("no item", "no item")
+    turned_down = (recommend("Omega"), judge("skip", "0.30"), recommend("Gamma"), judge("skip", "0.30"))
+    episodes = [of_user(0, 2, *accepted), of_user(0, 3, *turned_down), of_user(1, 3, *silent), of_user(2, 4, *accepted)]
+    found = [
+        [reference_text(episodes, number, turn, agent, "other_user") for turn in episodes[number].turns]
+        for number, agent in ((0, RECOMMENDER), (0, USER), (1, RECOMMENDER), (1, USER), (3, USER))
+    ]
+    assert found == [
+        ["Note: wrong, the user took Delta"],  # of user 1: episode 1 is about user 0 as well
+        ["Note: the user did not take Gamma, so dislike."],  # of user 2: nobody asked user 1
+        ["Note: wrong, the user took Delta"] * 2,
+        ["Note: the user did not take Gamma, so dislike."] * 2,  # the only turn there is
+        ["Note: the user took Gamma, so click."],
+    ]
+    assert reference_text(episodes[:2], 0, episodes[0].turns[0], USER, "other_user") == ""
+
+
+def test_trajectories_take_the_reference_that_is_set() -> None:
+    def references(kind: Any) -> list[str]:
+        episodes = [
+            of_user(0, 3, recommend("Delta"), judge("click", "0.90")),
+            never_found("brief", replace(TASK, user=1)),
+        ]
+        header = len(episodes[0].template.headers["assistant"])
+        found = trajectories(episodes, GameConfig(max_turns=2, reference=kind))
+        return [episodes[0].codec.decode(turn.reference[:-header]) for t in found for turn in t.turns]
+
+    assert references("empty") == [""] * 6
+    assert [text.count("Note: the user took Delta") for text in references("truth")] == [1, 0, 1, 1, 0, 0]
+    own, other = references("template"), references("other_user")
+    assert "Note: right" in own[0] and "Note: wrong" in other[0]
+    assert "Note: wrong" in own[2] and "Note: right" in other[2]
+
+
+def test_references_that_could_do_nothing_are_refused() -> None:
+    for game, loss, train in (
+        (GameConfig(reference="truth"), LossConfig(credit_weight=0.0), TrainConfig()),
+        (GameConfig(reference="other_user"), LossConfig(), TrainConfig(episodes_per_step=8, group_size=8)),
+        (GameConfig(reference="empty"), LossConfig(credit_form="turn"), TrainConfig()),
+        (GameConfig(reference="empty", rewards="none"), LossConfig(), TrainConfig()),
+    ):
+        with pytest.raises(ConfigError, match="^game.reference: "):
+            check(Config(game=game, loss=loss, train=train))
