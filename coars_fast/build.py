@@ -43,10 +43,10 @@ class Parts:
     base: str
     """Path or hub id of the frozen base."""
 
-    def episode(self, task: Task, *, max_turns: int | None = None) -> Episode:
-        """A fresh conversation about a task, of at most so many turns where they are fewer than the game's."""
-        game = self.config.game
-        return Episode(task, self.dataset.titles, self.codec, self.template, game, max_turns=max_turns)
+    def episode(self, task: Task, *, max_turns: int | None = None, memory: str = "") -> Episode:
+        """A fresh conversation about a task; see :class:`Episode`."""
+        titles, game = self.dataset.titles, self.config.game
+        return Episode(task, titles, self.codec, self.template, game, max_turns=max_turns, memory=memory)
 
 
 def build(config: Config, folder: Path, screen: Screen, *, adapters_follow: bool = False) -> Parts:
@@ -169,6 +169,7 @@ def _sasrec(config: Config, dataset: Dataset, folder: Path, screen: Screen) -> S
 def _prompt_texts(config: Config) -> list[str]:
     """All that an agent reads or writes beside titles."""
     from coars_fast.game.episode import peers_text
+    from coars_fast.game.memory import MEMORY_TEXTS
     from coars_fast.game.prompts import (
         ACTIONS,
         OTHER_REFERENCES,
@@ -181,6 +182,8 @@ def _prompt_texts(config: Config) -> list[str]:
     prompts = [str(text) for text in vars(PROMPTS[config.game.prompts]).values()]
     if config.game.reference == "truth":
         prompts += vars(OTHER_REFERENCES[config.game.prompts]).values()
+    if config.game.memory:
+        prompts += vars(MEMORY_TEXTS[config.game.prompts]).values()
     replies = [format_judgement(words, action, 0.5) for words in (WANTED, NOT_WANTED) for action in ACTIONS]
     peers = [peers_text(count, config.data.num_peers, config.game) for count in range(config.data.num_peers + 1)]
     return [*prompts, *replies, *peers, format_recommendation(reason(""), "")]

@@ -133,6 +133,10 @@ class GameConfig:
     prompts: Literal["brief", "full"] = "brief"
     """`full` explains the task and the reply format to a model that has never seen them; `brief` suits models trained
     on them."""
+    memory: int = 0
+    """Earlier sessions with the same user that both agents are told about before an episode: what was recommended, what
+    was answered, what was really taken. They are about the items taken before this target, and played first, one
+    after the other, by the same model. F1-disc asks without."""
     rewards: Rewards = "coupled"
     """`coupled`: Eq. 7 and 8; `outcome`: +1 or -1 by whether an episode's last recommendation was right (recommender,
     all turns) and whether a turn's label was right (user), nothing excluded; `none`: 0, so only the credit acts."""
@@ -359,9 +363,9 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "must not be negative",
         lambda value: value >= 0,
         "seed world.seed sasrec.seed data.eval_seed data.min_item_interactions data.num_peers sasrec.num_epochs "
-        "sasrec.patience sasrec.dropout game.alpha loss.credit_weight loss.kl_weight loss.clip_low loss.clip_high "
-        "train.num_steps train.depth_steps train.user_learning_rate_factor train.warmup_steps train.weight_decay "
-        "sft.num_steps sft.finding_steps eval.every eval.num_samples eval.num_disc_users",
+        "sasrec.patience sasrec.dropout game.alpha game.memory loss.credit_weight loss.kl_weight loss.clip_low "
+        "loss.clip_high train.num_steps train.depth_steps train.user_learning_rate_factor train.warmup_steps "
+        "train.weight_decay sft.num_steps sft.finding_steps eval.every eval.num_samples eval.num_disc_users",
     ),
     (
         "must lie between 0 and 1",

@@ -37,6 +37,7 @@ from coars_fast.game.metrics import (
     table,
 )
 from coars_fast.game.prompts import Judgement, parse_judgement
+from coars_fast.memory import fresh_episodes
 from coars_fast.model.lora import load_peft
 from coars_fast.progress import Screen
 from coars_fast.rollout.grammar import judgement_endings, reply_grammar
@@ -127,11 +128,13 @@ def evaluate(parts: Parts, *, short: bool = False, progress: Progress | None = N
 def _conversations(
     parts: Parts, config: Config, temperature: float, sample: int, progress: Callable[[int, int], None]
 ) -> list[Episode]:
-    episodes = [parts.episode(task) for task in parts.tasks.eval_tasks]
+    seed = config.data.eval_seed * 1009 + sample
+    tasks = parts.tasks.eval_tasks
+    episodes = fresh_episodes(parts, tasks, seed=seed, temperature=temperature, resample_invalid=True)
     play(
         parts.decoder,
         episodes,
-        seed=config.data.eval_seed * 1009 + sample,
+        seed=seed,
         temperature=temperature,
         max_reply_tokens=config.rollout.max_reply_tokens,
         batch_size=config.rollout.batch_size,

@@ -51,6 +51,7 @@ def run_steps(config: Config, run: RunFolder, start: Path | None, screen: Screen
     from coars_fast.build import build
     from coars_fast.game.trajectory import trajectories
     from coars_fast.learn.step import Learner
+    from coars_fast.memory import fresh_episodes
     from coars_fast.resume import restore, save
     from coars_fast.rollout.play import play
     from coars_fast.summary import step_line, step_metrics, transcripts
@@ -63,13 +64,19 @@ def run_steps(config: Config, run: RunFolder, start: Path | None, screen: Screen
     with screen.bar("CoARS", config.train.num_steps) as advance:
         for step in range(first_step, config.train.num_steps):
             begun = time.perf_counter()
-            depth = episode_depth(config, step)
-            episodes = [parts.episode(task, max_turns=depth) for task in parts.tasks.train_tasks(step)]
+            seed, temperature = config.seed * 1_000_003 + step, config.rollout.temperature
+            episodes = fresh_episodes(
+                parts,
+                parts.tasks.train_tasks(step),
+                seed=seed,
+                temperature=temperature,
+                max_turns=episode_depth(config, step),
+            )
             rollout = play(
                 parts.decoder,
                 episodes,
-                seed=config.seed * 1_000_003 + step,
-                temperature=config.rollout.temperature,
+                seed=seed,
+                temperature=temperature,
                 max_reply_tokens=config.rollout.max_reply_tokens,
                 batch_size=config.rollout.batch_size,
                 kv_gib=config.rollout.kv_gib,

@@ -29,6 +29,7 @@ class Purpose(IntEnum):
     TRAIN_TASK = 4
     WARM_START = 5
     DISCRIMINATION = 6
+    EARLIER_TASK = 7
 
 
 def keyed_rng(purpose: Purpose, *key: int) -> np.random.Generator:

@@ -220,6 +220,19 @@ class TaskSource:
             tasks.append(self.maker.task(user, position, rng, random_candidates=True))
         return tasks
 
+    def earlier_tasks(self, task: Task, count: int) -> list[Task]:
+        """Up to `count` tasks about the items that the user took right before this one's target, oldest first.
+
+        Candidates are the truth and random items, as in the warm start: SASRec has seen most of these targets. Such a
+        task is the same whichever task asks, and whatever `seed` is. Fewer where the user has no longer history.
+        """
+        last = self.split.sequences[task.user].index(task.target)
+        seed = self.config.data.eval_seed
+        return [
+            self.maker.task(task.user, at, keyed_rng(Purpose.EARLIER_TASK, seed, task.user, at), random_candidates=True)
+            for at in range(max(1, last - count), last)
+        ]
+
     @cached_property
     def hit_ceiling(self) -> float:
         """HR@K of the evaluation's candidates: the share of tasks that hold the truth, and so the best Hit@1."""

@@ -82,6 +82,7 @@ class Episode:
         codec, template: the model's tokens.
         config: turns, prompts and rewards.
         max_turns: how many turns it has at most, if fewer than `config.max_turns`, by which D_t goes all the same.
+        memory: of earlier sessions (`game.memory.session_text`), in the first message of both views.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Episode:
         config: GameConfig,
         *,
         max_turns: int | None = None,
+        memory: str = "",
     ):
         self.task, self.titles, self.codec, self.template, self.config = task, titles, codec, template, config
         self.max_turns = config.max_turns if max_turns is None else max_turns
@@ -103,8 +105,8 @@ class Episode:
         candidates = list_items(prompts, self.candidate_titles)
         first = prompts.first_rec.format(history=history, candidates=candidates)
         self.views = (
-            View([*template.bos, *self._message("system", prompts.system_rec), *self._message("user", first)]),
-            View(user_prompt(history, codec, template, config)),
+            View([*template.bos, *self._message("system", prompts.system_rec + memory), *self._message("user", first)]),
+            View(user_prompt(history, codec, template, config, memory)),
         )
         self.waiting: int | None = None
         self._ask(RECOMMENDER)
@@ -240,9 +242,11 @@ def history_text(history: Sequence[int], titles: Sequence[str], config: GameConf
     return PROMPTS[config.prompts].history_separator.join(one_line(titles[i]) for i in history)
 
 
-def user_prompt(history: str, codec: TextCodec, template: TokenTemplate, config: GameConfig) -> list[int]:
+def user_prompt(
+    history: str, codec: TextCodec, template: TokenTemplate, config: GameConfig, memory: str = ""
+) -> list[int]:
     """Tokens that open a user agent's view."""
-    text = PROMPTS[config.prompts].system_user.format(history=history)
+    text = PROMPTS[config.prompts].system_user.format(history=history) + memory
     return [*template.bos, *template.message("system", codec.encode(text))]
 
 

@@ -116,6 +116,7 @@ def test_no_number_may_be_negative():
         "sft.finding_steps",
         "train.warmup_steps",
         "train.depth_steps",
+        "game.memory",
         "eval.num_samples",
         "eval.num_disc_users",
         "data.min_item_interactions",
