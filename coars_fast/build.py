@@ -180,7 +180,7 @@ def _prompt_texts(config: Config) -> list[str]:
     from coars_fast.warm_start import NOT_WANTED, WANTED, reason
 
     prompts = [str(text) for text in vars(PROMPTS[config.game.prompts]).values()]
-    if config.game.reference == "truth":
+    if config.game.reference in ("truth", "diagnosis"):
         prompts += vars(OTHER_REFERENCES[config.game.prompts]).values()
     if config.game.memory:
         prompts += vars(MEMORY_TEXTS[config.game.prompts]).values()

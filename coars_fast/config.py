@@ -18,7 +18,7 @@ Objective = Literal["faithful", "clipped", "cispo", "gspo"]
 StageSensitivity = Literal["asym", "linear", "log", "none"]
 Excluded = Literal["recommender", "both", "none"]
 CreditForm = Literal["token", "gated", "turn", "shuffled", "constant"]
-Reference = Literal["template", "truth", "other_user", "empty"]
+Reference = Literal["template", "truth", "diagnosis", "other_user", "empty"]
 Rewards = Literal["coupled", "outcome", "none"]
 
 
@@ -142,8 +142,10 @@ class GameConfig:
     all turns) and whether a turn's label was right (user), nothing excluded; `none`: 0, so only the credit acts."""
     reference: Reference = "template"
     """d_t, what only the teacher sees. `template`: right or wrong, the true item, the right action (and with `full`
-    prompts the answer that was given); `truth`: the true item or the right action alone. Controls: `other_user`, the
-    `template` of another user's turn in the same step; `empty`, nothing, so that the credit is 0."""
+    prompts the answer that was given); `truth`: the true item or the right action alone; `diagnosis`: the `template`
+    and what the agent itself, shown that, writes about its reply (greedily, at most `rollout.max_reply_tokens`).
+    Controls: `other_user`, the `template` of another user's turn in the same step; `empty`, nothing, so that the credit
+    is 0."""
     alpha: float = 0.1
     """How strongly similar peers temper the user's reward (Eq. 8)."""
     stage: StageSensitivity = "asym"

@@ -49,6 +49,7 @@ def train(config: Config) -> Path:
 def run_steps(config: Config, run: RunFolder, start: Path | None, screen: Screen) -> None:
     """Everything from a checkpoint (None: from the beginning) to the last evaluation."""
     from coars_fast.build import build
+    from coars_fast.diagnosis import diagnose
     from coars_fast.game.trajectory import trajectories
     from coars_fast.learn.step import Learner
     from coars_fast.memory import fresh_episodes
@@ -83,6 +84,7 @@ def run_steps(config: Config, run: RunFolder, start: Path | None, screen: Screen
                 attention=config.rollout.attention,
                 watch=lambda figures, done=step: advance(done, f"playing {figures.line()}"),
             )
+            diagnose(parts, episodes)
             played = time.perf_counter()
             turns = trajectories(episodes, config.game)  # rewards, weights and references of every turn
             metrics = learner.update(turns, step) | step_metrics(episodes)

@@ -71,6 +71,8 @@ class Turn:
     user_spoke: bool = False
     judgement: Judgement | None = None
     reward: TurnReward | None = None
+    diagnoses: dict[int, str] = field(default_factory=dict)
+    """By agent: what it wrote in hindsight about its reply (`game.reference` diagnosis)."""
 
 
 class Episode:

@@ -91,13 +91,26 @@ class OtherReferences:
 
     truth_rec: str
     truth_user: str
+    ask_diagnosis: str
+    """What an agent is asked about its reply; `{reference}` is the template's text."""
+    diagnosis: str
 
 
 OTHER_REFERENCES = {
-    "brief": OtherReferences(truth_rec="Note: the user took {item}", truth_user="Note: {action}."),
+    "brief": OtherReferences(
+        truth_rec="Note: the user took {item}",
+        truth_user="Note: {action}.",
+        ask_diagnosis="{reference}\nWhat went wrong?",
+        diagnosis="{reference}\n{diagnosis}",
+    ),
     "full": OtherReferences(
         truth_rec="Hindsight, for this answer only. The item that the user took next is {item}.",
         truth_user="Hindsight, for this answer only. The right action is {action}.",
+        ask_diagnosis=(
+            "{reference}\n\nLook back at that answer, knowing this. In one or two sentences, say what was wrong or "
+            "right about it and what it overlooked. Do not answer in the required format now."
+        ),
+        diagnosis="{reference}\n\nWhat was wrong or right about the answer given: {diagnosis}",
     ),
 }
 

@@ -49,14 +49,18 @@ def reference_text(episodes: Sequence[Episode], number: int, turn: Turn, agent: 
         episodes: all of the step, which `other_user` chooses from.
         number: the turn's episode among them.
         turn, agent: whose reply it is for.
-        kind: `template`: the template; `truth`: the true item or the right action alone; `other_user`: the template of
-            another user's turn, and nothing where no other user's episode has a turn of this agent; `empty`: nothing.
+        kind: `template`: the template; `truth`: the true item or the right action alone; `diagnosis`: the template and
+            what the agent wrote about its reply, where it wrote anything; `other_user`: the template of another user's
+            turn, and nothing where no other user's episode has a turn of this agent; `empty`: nothing.
     """
     episode = episodes[number]
+    texts = OTHER_REFERENCES[episode.config.prompts]
     if kind == "template":
         return write_reference(episode, turn, agent)
+    if kind == "diagnosis":
+        template, diagnosis = write_reference(episode, turn, agent), turn.diagnoses.get(agent)
+        return texts.diagnosis.format(reference=template, diagnosis=diagnosis) if diagnosis else template
     if kind == "truth":
-        texts = OTHER_REFERENCES[episode.config.prompts]
         if agent == RECOMMENDER:
             return texts.truth_rec.format(item=_truth(episode))
         return texts.truth_user.format(action=_right_action(turn))
@@ -72,6 +76,23 @@ def _of_another_user(episodes: Sequence[Episode], number: int, turn: Turn, agent
         if other.task.user != episodes[number].task.user and turns:
             return write_reference(other, turns[min(turn.number, len(turns)) - 1], agent)
     return ""
+
+
+def diagnosis_prompts(episode: Episode, agent: int) -> list[tuple[Turn, list[int]]]:
+    """Each turn with a reply of the agent, and the tokens that ask it what was wrong with that reply: its view up to
+    and with the reply, a system message with the template and the question, and its own role header."""
+    view, template = episode.views[agent], episode.template
+    turns = [turn for turn in episode.turns if agent == RECOMMENDER or turn.user_spoke]
+    found = []
+    for turn, span in zip(turns, view.spans, strict=True):
+        said = view.tokens[: span.end]
+        closing = template.end[1:] if said[-1] == template.end_of_turn else template.end
+        asked = OTHER_REFERENCES[episode.config.prompts].ask_diagnosis.format(
+            reference=write_reference(episode, turn, agent)
+        )
+        question = template.message("system", episode.codec.encode(asked))
+        found.append((turn, [*said, *closing, *question, *template.headers["assistant"]]))
+    return found
 
 
 def branch(episode: Episode, turn: Turn, agent: int, text: str | None = None) -> list[int]:

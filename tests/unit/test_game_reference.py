@@ -11,7 +11,7 @@ import pytest
 from coars_fast.config import Config, GameConfig, LossConfig, TrainConfig, check
 from coars_fast.errors import ConfigError
 from coars_fast.game.episode import RECOMMENDER, USER, Episode, judgement_prompt
-from coars_fast.game.reference import branch, reference_text, write_reference
+from coars_fast.game.reference import branch, diagnosis_prompts, reference_text, write_reference
 from coars_fast.game.trajectory import trajectories
 from tests.game_pieces import TASK, TITLES, an_episode, family, judge, recommend, say
 
@@ -206,3 +206,41 @@ def test_references_that_could_do_nothing_are_refused() -> None:
     ):
         with pytest.raises(ConfigError, match="^game.reference: "):
             check(Config(game=game, loss=loss, train=train))
+
+
+@PROMPTS
+def test_a_diagnosis_is_asked_about_a_reply_with_the_template_after_it(prompts: Any) -> None:
+    episode = never_found(prompts)
+    for agent in (RECOMMENDER, USER):
+        found = diagnosis_prompts(episode, agent)
+        assert [turn.number for turn, _ in found] == [1, 2]
+        for (turn, prompt), span in zip(found, episode.views[agent].spans, strict=True):
+            said = episode.views[agent].tokens[: span.end]
+            assert prompt[: len(said)] == said and prompt[-len(HEADER) :] == HEADER
+            asked = episode.codec.decode(prompt[len(said) : -len(HEADER)])
+            assert write_reference(episode, turn, agent) in asked
+    unclosed = an_episode(GameConfig(max_turns=1))
+    unclosed.receive(say(unclosed, recommend("Gamma"), ended=False))
+    ((_, prompt),) = diagnosis_prompts(unclosed, RECOMMENDER)
+    end = list(unclosed.template.end)
+    assert prompt[unclosed.views[RECOMMENDER].spans[0].end :][: len(end)] == end
+    assert diagnosis_prompts(unclosed, USER) == []
+
+
+HEADER = list(never_found("brief").template.headers["assistant"])
+
+
+def test_a_diagnosis_joins_the_template_and_no_view() -> None:
+    episode = never_found("brief")
+    first, second = episode.turns
+    first.diagnoses[RECOMMENDER] = "I overlooked Alpha."
+    texts = [reference_text([episode], 0, turn, RECOMMENDER, "diagnosis") for turn in (first, second)]
+    assert texts == ["Note: wrong, the user took Delta\nI overlooked Alpha.", "Note: wrong, the user took Delta"]
+    full = never_found("full")
+    full.turns[0].diagnoses[USER] = "Too kind."
+    text = reference_text([full], 0, full.turns[0], USER, "diagnosis")
+    assert text.endswith("Action: dislike\n\nWhat was wrong or right about the answer given: Too kind.")
+    (trajectory, _) = trajectories([episode], GameConfig(max_turns=2, reference="diagnosis"))
+    references = [episode.codec.decode(turn.reference) for turn in trajectory.turns]
+    assert ["I overlooked Alpha." in text for text in references] == [True, False]
+    assert "overlooked" not in episode.codec.decode(trajectory.tokens)
