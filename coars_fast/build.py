@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from coars_fast.cache import put_folder, warm_base_key
 from coars_fast.config import Config
 from coars_fast.data.load import describe_left_out, load_dataset
 from coars_fast.data.records import Dataset, Task
@@ -25,6 +27,7 @@ from coars_fast.model.load import load_decoder, load_tokenizer, save_decoder
 from coars_fast.model.lora import add_adapters
 from coars_fast.model.tokenizer import add_titles
 from coars_fast.progress import Screen
+from coars_fast.state.files import delete_folder
 from coars_fast.warm_start import warm_start
 
 TINY_BASE = Path(__file__).parent / "tiny_base"
@@ -68,38 +71,20 @@ def build(config: Config, folder: Path, screen: Screen, *, adapters_follow: bool
         screen.say(f"left out: {describe_left_out(dataset)}")
     tasks = TaskSource(dataset, config, _sasrec(config, dataset, folder, screen))
     changed = config.model.tokenizer == "catalogue" or (config.warm_start and config.sft.trainable == "all")
-    finished = folder / "base" / "config.json"  # written last
-    source = str(finished.parent) if changed and finished.is_file() else config.model.path or str(TINY_BASE)
-    fresh = changed and not finished.is_file()
+    own_base = folder / "base"
+    if changed and not (own_base / "config.json").is_file():  # written last
+        _make_base(config, tasks, own_base, device, screen)
+    source = str(own_base) if changed else config.model.path or str(TINY_BASE)
     dtype = _dtype(config, device)
-    # What is trained in full is trained in float32.
-    decoder = load_decoder(source, dtype=torch.float32 if fresh else dtype, device=device)
+    decoder = load_decoder(source, dtype=dtype, device=device)
     backend, _ = choose_backend(device, dtype, config.model.attention)
-    tokenizer = load_tokenizer(source)
-    if fresh and config.model.tokenizer == "catalogue":
-        _check_vocabulary(TextCodec(tokenizer), decoder, source)
-        # A title that is part of a prompt ("It", "Note") would tear its words apart; such a one stays spelled out.
-        texts = _prompt_texts(config)
-        whole = [i for i, title in enumerate(dataset.titles) if not any(title in text for text in texts)]
-        vectors = tasks.maker.sasrec.item_embedding.weight[whole]
-        tokenizer = add_titles(decoder, tokenizer, [dataset.titles[i] for i in whole], vectors, like=list(KINDS))
-    codec = TextCodec(tokenizer)
+    codec = TextCodec(load_tokenizer(source))
     _check_vocabulary(codec, decoder, source)
     template = make_template(codec)
     decoder.gradient_checkpointing = config.model.gradient_checkpointing
-
-    def new_episode(task: Task) -> Episode:
-        return Episode(task, dataset.titles, codec, template, config.game)
-
-    if fresh:
-        warm_start(decoder, tasks, new_episode, config, screen)
-        source = str(finished.parent)
-        tokenizer.save_pretrained(source)
-        save_decoder(decoder, source)
-        decoder.to(dtype)
     add_adapters(decoder, rank=config.model.lora_rank, alpha=config.model.lora_alpha, seed=config.seed)
     if config.warm_start and config.sft.trainable == "adapters" and not adapters_follow:
-        warm_start(decoder, tasks, new_episode, config, screen)
+        warm_start(decoder, tasks, _episodes(config, dataset, codec, template), config, screen)
     size = sum(p.numel() for name, p in decoder.named_parameters() if "lora_" not in name)
     screen.say(
         f"{decoder.config.family} model of {size:,} parameters from {source}, {device}, "
@@ -108,6 +93,43 @@ def build(config: Config, folder: Path, screen: Screen, *, adapters_follow: bool
     return Parts(
         config=config, dataset=dataset, tasks=tasks, codec=codec, template=template, decoder=decoder, base=source
     )
+
+
+def _make_base(config: Config, tasks: TaskSource, folder: Path, device: torch.device, screen: Screen) -> None:
+    """Fill `folder` with the base model of this run where it is not the given one: titles as tokens, and the warm start
+    where that trains the base; or with what another run put into `sft.cache`."""
+    source, dataset = config.model.path or str(TINY_BASE), tasks.maker.dataset
+    decoder = load_decoder(source, dtype=torch.float32, device=device)  # what is trained in full
+    tokenizer = load_tokenizer(source)
+    if folder.exists():
+        delete_folder(folder)  # half of it, from a run that was killed
+    kept = None
+    if config.sft.cache is not None:
+        kept = Path(config.sft.cache) / f"base-{warm_base_key(config, dataset, tasks.split, decoder)}"
+        if kept.is_dir():
+            screen.say(f"warm-started base from {kept}")
+            put_folder(kept, folder)
+            return
+    _check_vocabulary(TextCodec(tokenizer), decoder, source)
+    if config.model.tokenizer == "catalogue":
+        # A title that is part of a prompt ("It", "Note") would tear its words apart; such a one stays spelled out.
+        texts = _prompt_texts(config)
+        whole = [i for i, title in enumerate(dataset.titles) if not any(title in text for text in texts)]
+        vectors = tasks.maker.sasrec.item_embedding.weight[whole]
+        tokenizer = add_titles(decoder, tokenizer, [dataset.titles[i] for i in whole], vectors, like=list(KINDS))
+    codec = TextCodec(tokenizer)
+    _check_vocabulary(codec, decoder, source)
+    decoder.gradient_checkpointing = config.model.gradient_checkpointing
+    warm_start(decoder, tasks, _episodes(config, dataset, codec, make_template(codec)), config, screen)
+    tokenizer.save_pretrained(folder)
+    save_decoder(decoder, folder)
+    if kept is not None:
+        put_folder(folder, kept)
+
+
+def _episodes(config: Config, dataset: Dataset, codec: TextCodec, template: TokenTemplate) -> Callable[[Task], Episode]:
+    """Makes fresh conversations for the warm start."""
+    return lambda task: Episode(task, dataset.titles, codec, template, config.game)
 
 
 def _device(config: Config) -> torch.device:
@@ -179,11 +201,10 @@ def _prompt_texts(config: Config) -> list[str]:
     )
     from coars_fast.warm_start import NOT_WANTED, WANTED, reason
 
-    prompts = [str(text) for text in vars(PROMPTS[config.game.prompts]).values()]
-    if config.game.reference in ("truth", "diagnosis"):
-        prompts += vars(OTHER_REFERENCES[config.game.prompts]).values()
-    if config.game.memory:
-        prompts += vars(MEMORY_TEXTS[config.game.prompts]).values()
+    kind = config.game.prompts
+    # Whatever the reference and the memory: runs that differ in these alone begin with the same base.
+    sets = (PROMPTS[kind], OTHER_REFERENCES[kind], MEMORY_TEXTS[kind])
+    prompts = [str(text) for texts in sets for text in vars(texts).values()]
     replies = [format_judgement(words, action, 0.5) for words in (WANTED, NOT_WANTED) for action in ACTIONS]
     peers = [peers_text(count, config.data.num_peers, config.game) for count in range(config.data.num_peers + 1)]
     return [*prompts, *replies, *peers, format_recommendation(reason(""), "")]

@@ -270,6 +270,9 @@ class SFTConfig:
     habit for CoARS to unlearn, as the shipped base has it; 0 imitates the training part alone."""
     trainable: Literal["all", "adapters"] = "all"
     """`all`: the base model itself (small models); `adapters`: both adapters only."""
+    cache: str | None = None
+    """Folder that keeps warm-started bases for other runs of the same data, seed and settings (every run folder has its
+    own); only with `--sft.trainable all`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,6 +297,9 @@ class EvalConfig:
     """Resamples of users behind each 95% interval."""
     num_disc_users: int = 60
     """Users of the F1-disc test (20 items each, at 1:1, 1:3 and 1:9)."""
+    cache: str | None = None
+    """Folder that keeps the evaluations before training, for other runs that begin with the same model and ask the same
+    of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -491,6 +497,10 @@ def _contradictions(config: Config) -> list[str]:
         (
             sft.finding_steps > 0 and sft.trainable == "adapters",
             "sft.finding_steps: lists are learned by the base model; use --sft.trainable all, or 0 steps",
+        ),
+        (
+            sft.cache is not None and sft.trainable == "adapters",
+            "sft.cache: it keeps base models, not adapters; use --sft.trainable all, or leave it away",
         ),
         (
             sft.finding_steps > sft.num_steps,

@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from coars_fast import cli
 from coars_fast.config import Config
@@ -110,17 +110,27 @@ def episode_depth(config: Config, step: int) -> int:
 
 
 def first_evaluation(parts: Parts, run: RunFolder, screen: Screen) -> Evaluation:
-    """The figures before training: read from the run folder where a resumed run has them."""
+    """The figures before training: from the run folder where a resumed run has them, from `eval.cache`, or played."""
+    from coars_fast.cache import shared_evaluation
     from coars_fast.evaluate import Evaluation
     from coars_fast.summary import transcripts
 
     stored = Evaluation.read(run.evaluation(), "before")
     if stored is not None:
         return stored
-    before = measure(parts, screen, "evaluation before")
-    run.write_evaluation({"before": before.metrics(parts.config), "users": {"before": before.counts()}})
-    run.append_metrics({"kind": "evaluation", "step": 0, "metrics": before.metrics(parts.config)})
-    run.append_episodes(transcripts(before.episodes[:12], parts.dataset.titles, "eval_before", 0))
+
+    def play() -> dict[str, Any]:
+        found = measure(parts, screen, "evaluation before")
+        episodes = transcripts(found.episodes[:12], parts.dataset.titles, "eval_before", 0)
+        return {"users": {"before": found.counts()}, "episodes": episodes}
+
+    record = shared_evaluation(parts.config, parts.dataset, parts.tasks.split, parts.decoder, screen, play)
+    before = Evaluation.read(record, "before")
+    assert before is not None
+    figures = before.metrics(parts.config)
+    run.write_evaluation({"before": figures, "users": record["users"]})
+    run.append_metrics({"kind": "evaluation", "step": 0, "metrics": figures})
+    run.append_episodes(record["episodes"])
     return before
 
 
@@ -141,12 +151,12 @@ def evaluate_briefly(parts: Parts, run: RunFolder, step: int) -> None:
 
 
 def finish(parts: Parts, run: RunFolder, before: Evaluation, screen: Screen) -> None:
-    """The figures after training, beside those before."""
+    """The figures after training, beside those before. Where nothing was trained they are the same."""
     from coars_fast.summary import comparison_table, final_record, transcripts
 
-    after = measure(parts, screen, "evaluation after")
-    record = final_record(parts, before, after)
     step = parts.config.train.num_steps
+    after = measure(parts, screen, "evaluation after") if step else before
+    record = final_record(parts, before, after)
     run.append_metrics({"kind": "evaluation", "step": step, "metrics": record["after"]})
     run.append_episodes(transcripts(after.episodes[:12], parts.dataset.titles, "eval_after", step))
     run.write_evaluation(record)

@@ -38,7 +38,7 @@ from coars_fast.state.files import (
 )
 
 RUN_FILES = ("config.json", "metrics.jsonl", "episodes.jsonl", "evaluation.json", "checkpoints", "base")
-MAY_CHANGE = ("out", "resume", "preset", "train.num_steps", "eval.every")
+MAY_CHANGE = ("out", "resume", "preset", "train.num_steps", "eval.every", "sasrec.cache", "sft.cache", "eval.cache")
 MAY_CHANGE_BELOW = ("checkpoint.",)
 ABSENT = "(absent)"
 
@@ -176,13 +176,17 @@ def check_settings(folder: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Settings, by dotted name, that differ and that a resumed run may not change: name -> (old, new) as JSON."""
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], may_change: tuple[str, ...] | None = None
+) -> dict[str, tuple[str, str]]:
+    """Settings, by dotted name, that differ: name -> (old, new) as JSON. Those of `may_change` are left out (None: all
+    that a resumed run may change)."""
+    free, free_below = (MAY_CHANGE, MAY_CHANGE_BELOW) if may_change is None else (may_change, ())
     before, after = _flatten(old), _flatten(new)
     changed = {}
     for name in sorted(before.keys() | after.keys()):
         was, now = before.get(name, ABSENT), after.get(name, ABSENT)
-        if was != now and name not in MAY_CHANGE and not name.startswith(MAY_CHANGE_BELOW):
+        if was != now and name not in free and not name.startswith(free_below):
             changed[name] = (was, now)
     return changed
 
