@@ -25,8 +25,6 @@ from coars_fast.errors import RunFolderError
 from coars_fast.game.episode import USER, Episode, Reply, judgement_prompt
 from coars_fast.game.metrics import (
     CONFUSION,
-    CONVERSATION,
-    DISCRIMINATION,
     Interval,
     Metric,
     Resampler,
@@ -34,6 +32,7 @@ from coars_fast.game.metrics import (
     episode_counts,
     f1,
     label_name,
+    metrics_of,
     table,
 )
 from coars_fast.game.prompts import Judgement, parse_judgement
@@ -85,11 +84,7 @@ class Evaluation:
         found = []
         for part, counts in self.tables.items():
             sampler = Resampler(len(next(iter(counts.values()))), config.eval.num_bootstrap, config.data.eval_seed)
-            if part.startswith("disc"):
-                metrics, suffix = DISCRIMINATION, part.removeprefix("disc")
-            else:
-                metrics, suffix = CONVERSATION, "" if part == "greedy" else "_sampled"
-            found += [(name + suffix, counts, metric, sampler) for name, metric in metrics.items()]
+            found += [(name, counts, metric, sampler) for name, metric in metrics_of(part).items()]
         return found
 
 

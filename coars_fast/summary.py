@@ -81,9 +81,10 @@ def _turn_record(turn: Any, titles: Sequence[str]) -> dict[str, Any]:
 
 
 def final_record(parts: Parts, before: Evaluation, after: Evaluation) -> dict[str, Any]:
-    """evaluation.json: figures before and after, their paired difference, warnings and what they stand beside."""
+    """evaluation.json: figures before and after, their paired difference, warnings, what they stand beside, and the
+    counts of every user (`ids`) for paired tests between runs."""
     config = parts.config
-    figures = after.metrics(config)
+    figures, hits = after.metrics(config), parts.tasks.sasrec_top1_hits
     return {
         "before": before.metrics(config),
         "after": figures,
@@ -93,12 +94,17 @@ def final_record(parts: Parts, before: Evaluation, after: Evaluation) -> dict[st
             "data": parts.dataset.name,
             "candidates": config.data.candidates,
             "candidates_hold_truth": parts.tasks.hit_ceiling,
-            "sasrec_top1_hit@1": parts.tasks.sasrec_top1_hit,
+            "sasrec_top1_hit@1": sum(hits) / len(hits),
             "always_yes_f1_disc": {"1:1": 0.667, "1:3": 0.400, "1:9": 0.182},
             "num_eval_users": len(parts.tasks.eval_tasks),
             "versions": installed_versions(),
         },
-        "users": {"before": before.counts(), "after": after.counts()},
+        "users": {
+            "ids": [task.user for task in parts.tasks.eval_tasks],
+            "before": before.counts(),
+            "after": after.counts(),
+            "sasrec_top1": {"greedy": {"episodes": [1.0] * len(hits), "hits": [float(hit) for hit in hits]}},
+        },
     }
 
 

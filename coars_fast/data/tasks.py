@@ -239,11 +239,12 @@ class TaskSource:
         return float(np.mean([task.target in task.candidates for task in self.eval_tasks]))
 
     @cached_property
-    def sasrec_top1_hit(self) -> float:
-        """Hit@1 of SASRec's best candidate on the evaluation's tasks (ties: the one shown first)."""
+    def sasrec_top1_hits(self) -> list[bool]:
+        """For each of the evaluation's tasks, whether SASRec's best candidate is the truth (ties: the one shown
+        first)."""
         scores = self.maker.sasrec.score([self.split.sequences[task.user][:-1] for task in self.eval_tasks])
         best = [row[list(task.candidates)].argmax() for row, task in zip(scores, self.eval_tasks, strict=True)]
-        return float(np.mean([t.candidates[b] == t.target for b, t in zip(best, self.eval_tasks, strict=True)]))
+        return [t.candidates[b] == t.target for b, t in zip(best, self.eval_tasks, strict=True)]
 
     @cached_property
     def sasrec_metrics(self) -> dict[str, float]:

@@ -91,6 +91,15 @@ DISCRIMINATION: dict[str, Metric] = {
 }
 
 
+def metrics_of(part: str) -> dict[str, Metric]:
+    """The metrics of a part of an evaluation (`greedy`, `sampled`, `disc@1:3`, ...) by their public names."""
+    if part.startswith("disc"):
+        metrics, suffix = DISCRIMINATION, part.removeprefix("disc")
+    else:
+        metrics, suffix = CONVERSATION, "" if part == "greedy" else "_sampled"
+    return {name + suffix: metric for name, metric in metrics.items()}
+
+
 class Resampler:
     """Resamples users: the same draws for everything that is compared.
 
