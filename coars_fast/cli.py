@@ -67,6 +67,37 @@ def parse(
     )
 
 
+def parse_known(cls: type[T], argv: Sequence[str] | None, prog: str) -> tuple[T, list[str]]:
+    """:func:`parse`, and the arguments that `cls` does not know."""
+    return tyro.cli(
+        cls,
+        prog=prog,
+        description=_fold(cls.__doc__ or ""),
+        args=list(sys.argv[1:] if argv is None else argv),
+        registry=_REGISTRY,
+        return_unknown_args=True,
+    )
+
+
+def flags(config: Config, start: Config) -> list[str]:
+    """The flags that turn the settings `start` into `config`; :func:`parse_config` is the inverse."""
+    return list(_flags(config, start, ""))
+
+
+def _flags(config: Any, start: Any, prefix: str) -> Iterator[str]:
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, before = getattr(config, field.name), getattr(start, field.name)
+        name = field.name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            yield from _flags(value, before, f"{prefix}{name}.")
+        elif value != before:
+            if hints[field.name] is bool:
+                yield f"--{prefix}{'' if value else 'no-'}{name}"
+            else:
+                yield from (f"--{prefix}{name}", str(value))
+
+
 def main_guard(main: Callable[P, R]) -> Callable[P, R]:
     """Decorates a program's `main`: a :class:`CoarsError` becomes one line on stderr and exit status 2, Ctrl-C 130."""
 
@@ -101,13 +132,18 @@ def load_preset(name: str) -> Config:
     path = PRESETS / f"{name}.toml" if name in presets() else Path(name)
     if not path.is_file():
         raise ConfigError(f"--preset {name}: no such preset or file; presets are {', '.join(presets())}")
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a TOML file: {error}") from error
+    table = read_toml(path)
     if "preset" in table:
         raise ConfigError(f"{path}: preset: a preset cannot name another one; copy its settings")
-    return _overlay(Config(), table, str(path))
+    return overlay(Config(), table, str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file; :class:`ConfigError` if it is none."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a TOML file: {error}") from error
 
 
 # Dictionaries -------------------------------------------------------------------------------------------------------
@@ -120,22 +156,22 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 
 def config_from_dict(table: Mapping[str, Any], source: str = "config.json") -> Config:
     """The inverse of :func:`config_to_dict`. Missing keys take their default; `source` names the file in errors."""
-    return _overlay(Config(), table, source)
+    return overlay(Config(), table, source)
 
 
-def _overlay(base: T, table: Mapping[str, Any], source: str, prefix: str = "") -> T:
+def overlay(base: T, table: Mapping[str, Any], source: str, prefix: str = "") -> T:
     """`base` (a dataclass) with the values of `table`, each checked against its field's type."""
     hints = typing.get_type_hints(type(base))
     changes: dict[str, Any] = {}
     for key, value in table.items():
         name = prefix + key
         if key not in hints:
-            raise ConfigError(f"{source}: {name}: no such setting; {_nearest(name)}")
+            raise ConfigError(f"{source}: {name}: no such setting; {nearest_settings(name)}")
         current = getattr(base, key)
         if dataclasses.is_dataclass(current):
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{source}: {name}: expected a table [{name}], got {value!r}")
-            changes[key] = _overlay(current, value, source, f"{name}.")
+            changes[key] = overlay(current, value, source, f"{name}.")
         else:
             changes[key] = _checked(value, hints[key], f"{source}: {name}")
     return dataclasses.replace(base, **changes)  # type: ignore[type-var]
@@ -165,7 +201,7 @@ def _describe(hint: Any) -> str:
     return str(hint.__name__)
 
 
-def _nearest(name: str) -> str:
+def nearest_settings(name: str) -> str:
     """The settings whose names are most like `name`; the last part counts most, as sections are easily confused."""
     names = list(setting_names(Config))
     by_last = {known: known.rpartition(".")[2] for known in names}
