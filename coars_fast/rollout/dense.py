@@ -75,11 +75,8 @@ class DenseRows:
         if rows <= old_rows and length <= old_width:
             return
         unit = math.lcm(WIDTHS, self.pool.page_size)
-        # Twice as much as is asked for: memory that is not written is not taken, and growing copies.
-        grown = self._zeros(
-            old_rows if rows <= old_rows else 2 * rows,
-            old_width if length <= old_width else -(-2 * length // unit) * unit,
-        )
+        # Longer than is asked for, since growing copies. Rows grow seldom: a run begins with its full batch.
+        grown = self._zeros(max(rows, old_rows), old_width if length <= old_width else -(-2 * length // unit) * unit)
         used = len(self.occupants)
         if used:
             longest = max(sequence.length for sequence, _ in self.occupants)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from coars_fast.model.decoder import RMSNorm
 from coars_fast.rollout.weights import Agents, Layer, Weights
 
 
@@ -107,8 +108,7 @@ class Forward:
         hidden = F.embedding(tokens, weights.decoder.model.embed_tokens.weight)
         cos, sin = self._cos.index_select(0, positions), self._sin.index_select(0, positions)
         for index, layer in enumerate(weights.layers):
-            norm = layer.source.input_layernorm
-            layer.qkv.into(buffers.qkv, F.rms_norm(hidden, norm.weight.shape, norm.weight, norm.eps), agents)
+            layer.qkv.into(buffers.qkv, self._normalised(hidden, layer.source.input_layernorm), agents)
             q, kv, qk = buffers.q, buffers.kv, buffers.rotated
             if layer.head_norm is not None:
                 qk = self._norm_heads(layer, qk, layer.head_norm)
@@ -119,10 +119,13 @@ class Forward:
                 agents, q, hidden = last_agents, q.index_select(0, chosen), hidden.index_select(0, chosen)
                 buffers = self._buffers_for(len(chosen), 1)
             layer.out.add_to(hidden, attend(index, q, kv, chosen), agents)
-            norm = layer.source.post_attention_layernorm
-            layer.gate_up.into(buffers.gate_up, F.rms_norm(hidden, norm.weight.shape, norm.weight, norm.eps), agents)
-            layer.down.add_to(hidden, F.silu(buffers.gate).mul_(buffers.up), agents)
+            layer.gate_up.into(buffers.gate_up, self._normalised(hidden, layer.source.post_attention_layernorm), agents)
+            layer.down.add_to(hidden, F.silu(buffers.gate, inplace=True).mul_(buffers.up), agents)
         return weights.decoder.norm(hidden)
+
+    def _normalised(self, hidden: Tensor, norm: RMSNorm) -> Tensor:
+        """hidden [N, H] as the next projection takes it: merged ones hold the norm's weight themselves."""
+        return F.rms_norm(hidden, norm.weight.shape, None if self.weights.merge else norm.weight, norm.eps)
 
     def _norm_heads(self, layer: Layer, qk: Tensor, weight: Tensor) -> Tensor:
         """Queries and keys [N, Hq + Hkv, D], each head normalised."""
@@ -146,4 +149,6 @@ class Forward:
         weight = self.weights.head
         if hidden.is_cuda and hidden.dtype != torch.float32:
             return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+        if self.weights.merged_head is not None:
+            return self.weights.merged_head(hidden)
         return torch.mm(hidden.float(), weight.T.float())

@@ -3,7 +3,8 @@
 Decoding a few rows costs calls, not arithmetic. So q, k and v are one product, and gate and up. Adapters come in two
 ways:
 
-- merged (CPU): each agent has its own copy of W + B A, and a batch is sorted by agent: one product for a run of rows.
+- merged (CPU): each agent has its own copy of (W + B A) diag(n), n being the weight of the norm before it, and a batch is
+  sorted by agent: one product for a run of rows.
 - shared (GPU): one copy of the base, whose parameters become views of the fused matrices, and both agents' factors as
   two more products under a mask, whatever the order of the rows. What is copied (factors, biases, norms of heads) stays
   where it is, so that a captured CUDA graph reads what is new.
@@ -24,8 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from coars_fast.errors import ModelError, NonFiniteError
-from coars_fast.model.decoder import Decoder, DecoderLayer, Projection
+from coars_fast.model.decoder import Decoder, DecoderLayer, Projection, RMSNorm
 from coars_fast.model.lora import LoraLinear
+from coars_fast.rollout.product import Product
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,11 @@ class Projections:
 
     Args:
         parts: in the order of their outputs.
+        norm: what the input comes from, if from a norm.
     """
 
-    def __init__(self, parts: Sequence[Projection]):
-        self.parts = parts
+    def __init__(self, parts: Sequence[Projection], norm: RMSNorm | None):
+        self.parts, self.norm = parts, norm
         self.adapted = [part for part in parts if isinstance(part, LoraLinear)]
         self.outputs = sum(part.out_features for part in parts)
         self.bias: Tensor | None = None
@@ -76,40 +79,41 @@ class Projections:
 
 
 class MergedProjections(Projections):
-    """W + B A of each agent, made when it is first needed after a change."""
+    """(W + B A) diag(n) of each agent, made when it is first needed after a change: x has to be normalised only."""
 
     def refresh(self) -> None:
         """See `Projections`."""
         super().refresh()
-        self._weights: dict[int, Tensor] = {}
+        self._products: dict[int, Product] = {}
 
-    def _weight(self, agent: int) -> Tensor:
-        """[in, O]."""
-        if agent not in self._weights:
+    def _product(self, agent: int) -> Product:
+        if agent not in self._products:
             weight = torch.cat([part.weight for part in self.parts])
             for part, span in self._spans():
                 if agent >= 0 and isinstance(part, LoraLinear):
                     weight[span].addmm_(part.stacked_b[agent], part.stacked_a[agent], alpha=part.scale)
-            self._weights[agent] = weight.T
-        return self._weights[agent]
+            if self.norm is not None:
+                weight.mul_(self.norm.weight)
+            self._products[agent] = Product(weight)
+        return self._products[agent]
 
     def into(self, out: Tensor, x: Tensor, agents: Agents) -> None:
         """See `Projections`."""
         if len(agents.runs) == 1:
-            torch.mm(x, self._weight(agents.runs[0][0]), out=out)
+            self._product(agents.runs[0][0]).into(out, x)
         else:
             for agent, rows in agents.runs:
-                torch.mm(x[rows], self._weight(agent), out=out[rows])
+                self._product(agent).into(out[rows], x[rows])
         if self.bias is not None:
             out.add_(self.bias)
 
     def add_to(self, hidden: Tensor, x: Tensor, agents: Agents) -> None:
         """See `Projections`."""
         if len(agents.runs) == 1:
-            hidden.addmm_(x, self._weight(agents.runs[0][0]))
+            self._product(agents.runs[0][0]).add_to(hidden, x)
         else:
             for agent, rows in agents.runs:
-                hidden[rows].addmm_(x[rows], self._weight(agent))
+                self._product(agent).add_to(hidden[rows], x[rows])
         if self.bias is not None:
             hidden.add_(self.bias)
 
@@ -123,8 +127,8 @@ class SharedProjections(Projections):
         second: [P A r, O] scaled second factors, zero outside of a projection's own outputs.
     """
 
-    def __init__(self, parts: Sequence[Projection]):
-        super().__init__(parts)
+    def __init__(self, parts: Sequence[Projection], norm: RMSNorm | None):
+        super().__init__(parts, norm)
         self.base: Tensor | None = None
         self.first: Tensor | None = None
         self.second: Tensor | None = None
@@ -224,6 +228,8 @@ class Weights:
         self.num_adapters = self.rank = 0
         self.own_columns = torch.empty(0)
         """[A + 1, 3 A r] 1 where a column of first factors is the agent's; the last row is of none."""
+        self.merged_head: Product | None = None
+        """The head where adapters are merged."""
         self._fingerprint: list[int] = []
         self._factor_norms: list[float] = []
         self.refresh()
@@ -258,6 +264,8 @@ class Weights:
                 weights = (attention.q_norm.weight, attention.k_norm.weight)
                 joined = torch.cat([w.detach().expand(n, -1) for n, w in zip(rows, weights, strict=True)])
                 layer.head_norm = _renew(layer.head_norm, joined)
+        if self.merge:
+            self.merged_head = Product(self.head.detach())
         agents = torch.arange(self.num_adapters + 1, device=self.head.device)
         columns = agents[:-1].repeat_interleave(self.rank).repeat(3)
         self.own_columns = _renew(self.own_columns, (agents[:, None] == columns).to(self.head.dtype))
@@ -273,9 +281,15 @@ class Weights:
         for layer in self.decoder.layers:
             a, m = layer.self_attn, layer.mlp
             found = []
-            for parts in ([a.q_proj, a.k_proj, a.v_proj], [a.o_proj], [m.gate_proj, m.up_proj], [m.down_proj]):
+            for parts, norm in (
+                ([a.q_proj, a.k_proj, a.v_proj], layer.input_layernorm),
+                ([a.o_proj], None),
+                ([m.gate_proj, m.up_proj], layer.post_attention_layernorm),
+                ([m.down_proj], None),
+            ):
                 old = known.get(id(parts[0]))
-                found.append(old if old is not None and list(old.parts) == parts else kind(parts))
+                same = old is not None and list(old.parts) == parts and old.norm is norm
+                found.append(old if same else kind(parts, norm))
             self.layers.append(Layer(layer, *found, head_norm=norms.get(id(layer))))
         adapted = [p for layer in self.layers for projections in layer.projections for p in projections.adapted]
         shapes = {(part.stacked_a.shape[0], part.rank) for part in adapted}
