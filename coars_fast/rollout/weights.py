@@ -3,8 +3,8 @@
 Decoding a few rows costs calls, not arithmetic. So q, k and v are one product, and gate and up. Adapters come in two
 ways:
 
-- merged (CPU): each agent has its own copy of (W + B A) diag(n), n being the weight of the norm before it, and a batch is
-  sorted by agent: one product for a run of rows.
+- merged (CPU): each agent has its own copy of (W + B A) diag(n), n being the weight of the norm before it, and a batch
+  is sorted by agent: one product for a run of rows.
 - shared (GPU): one copy of the base, whose parameters become views of the fused matrices, and both agents' factors as
   two more products under a mask, whatever the order of the rows. What is copied (factors, biases, norms of heads) stays
   where it is, so that a captured CUDA graph reads what is new.
