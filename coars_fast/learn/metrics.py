@@ -11,6 +11,8 @@ from torch import Tensor
 from coars_fast.learn.packing import PackedBatch
 
 AGENT_NAMES = ("rec", "user")
+NUM_TURNS = 5
+"""Turns whose credit is told apart."""
 
 
 def token_metrics(batch: PackedBatch, logp: Tensor, num_tokens: Tensor) -> dict[str, Tensor]:
@@ -34,9 +36,46 @@ def token_metrics(batch: PackedBatch, logp: Tensor, num_tokens: Tensor) -> dict[
     return found
 
 
+@torch.no_grad()
+def credit_by_place(
+    batch: PackedBatch, logp: Tensor, teacher_logp: Tensor | None, credit_clip: float
+) -> dict[str, Tensor]:
+    """Each agent's mean credit, clipped and before it is centred, by where a token stands: `credit_turn2_rec` over
+    second replies (`NUM_TURNS` stands for later ones too), `credit_quarter4_user` over the last quarter of a reply's
+    tokens. Beside each, as `num_credit_...`, the number of tokens that it is the mean of.
+
+    Args:
+        batch: R trained tokens in M turns; those of weight 0 are left out.
+        logp: [R] of the student.
+        teacher_logp: [R]; None: there is no credit, and nothing is returned.
+        credit_clip: bound of a token's credit.
+    """
+    if teacher_logp is None:
+        return {}
+    device, lengths = logp.device, batch.turn_offsets.diff().long()
+    turns = torch.arange(len(lengths), device=device)
+    number = turns - torch.searchsorted(batch.branch_parent, batch.branch_parent)  # in its sequence, from 0
+    turn_of = turns.repeat_interleave(lengths)
+    position = torch.arange(len(logp), device=device) - batch.turn_offsets.long()[turn_of]
+    counted = (batch.turn_weight != 0)[turn_of]
+    credit = (teacher_logp - logp).clamp(-credit_clip, credit_clip).where(counted, 0.0).double()
+    found = {}
+    for kind, size, place in (
+        ("turn", NUM_TURNS, number.clamp(max=NUM_TURNS - 1)[turn_of]),
+        ("quarter", 4, 4 * position // lengths[turn_of]),
+    ):
+        group = batch.turn_agent.long()[turn_of] * size + place
+        sums = credit.new_zeros(len(AGENT_NAMES) * size).index_add(0, group, credit)
+        counts = torch.zeros_like(sums).index_add(0, group, counted.double())
+        for index, (total, count) in enumerate(zip(sums, counts, strict=True)):
+            name = f"credit_{kind}{index % size + 1}_{AGENT_NAMES[index // size]}"
+            found |= {name: total / count.clamp(min=1), f"num_{name}": count}
+    return found
+
+
 def whole(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
     """Metrics of an update from those of its micro-batches: exact, not a mean of means. Counts of turns and trained
-    tokens, which they are weighted by, are left out."""
+    tokens, which they are weighted by, are left out, and so is a mean over none."""
     columns = {name: [part[name].item() for part in parts] for name in parts[0]}
 
     def mean(values: Sequence[float], count: str = "num_tokens") -> float:
@@ -52,6 +91,9 @@ def whole(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
             found[name] = sum(values)
         elif name.startswith("num_"):
             continue
+        elif f"num_{name}" in columns:
+            if sum(columns[f"num_{name}"]):
+                found[name] = mean(values, f"num_{name}")
         elif agent in AGENT_NAMES:
             found[name] = mean(values, f"num_tokens_{agent}")
         else:
