@@ -136,7 +136,7 @@ class GameConfig:
     memory: int = 0
     """Earlier sessions with the same user that both agents are told about before an episode: what was recommended, what
     was answered, what was really taken. They are about the items taken before this target, and played first, one
-    after the other, by the same model. F1-disc asks without."""
+    after the other, by the same model. F1-disc asks without. The shipped model was never taught to read it."""
     rewards: Rewards = "coupled"
     """`coupled`: Eq. 7 and 8; `outcome`: +1 or -1 by whether an episode's last recommendation was right (recommender,
     all turns) and whether a turn's label was right (user), nothing excluded; `none`: 0, so only the credit acts."""

@@ -84,7 +84,7 @@ class Episode:
         codec, template: the model's tokens.
         config: turns, prompts and rewards.
         max_turns: how many turns it has at most, if fewer than `config.max_turns`, by which D_t goes all the same.
-        memory: of earlier sessions (`game.memory.session_text`), in the first message of both views.
+        memory: of earlier sessions (`game.memory.session_text`), behind the history in both views.
     """
 
     def __init__(
@@ -103,12 +103,12 @@ class Episode:
         self.prompts = PROMPTS[config.prompts]
         self.candidate_titles = [one_line(titles[i]) for i in task.candidates]
         self.turns: list[Turn] = []
-        prompts, history = self.prompts, history_text(task.history, titles, config)
+        prompts, history = self.prompts, history_text(task.history, titles, config) + memory
         candidates = list_items(prompts, self.candidate_titles)
         first = prompts.first_rec.format(history=history, candidates=candidates)
         self.views = (
-            View([*template.bos, *self._message("system", prompts.system_rec + memory), *self._message("user", first)]),
-            View(user_prompt(history, codec, template, config, memory)),
+            View([*template.bos, *self._message("system", prompts.system_rec), *self._message("user", first)]),
+            View(user_prompt(history, codec, template, config)),
         )
         self.waiting: int | None = None
         self._ask(RECOMMENDER)
@@ -244,11 +244,9 @@ def history_text(history: Sequence[int], titles: Sequence[str], config: GameConf
     return PROMPTS[config.prompts].history_separator.join(one_line(titles[i]) for i in history)
 
 
-def user_prompt(
-    history: str, codec: TextCodec, template: TokenTemplate, config: GameConfig, memory: str = ""
-) -> list[int]:
+def user_prompt(history: str, codec: TextCodec, template: TokenTemplate, config: GameConfig) -> list[int]:
     """Tokens that open a user agent's view."""
-    text = PROMPTS[config.prompts].system_user.format(history=history) + memory
+    text = PROMPTS[config.prompts].system_user.format(history=history)
     return [*template.bos, *template.message("system", codec.encode(text))]
 
 

@@ -2,7 +2,7 @@
 choice; a feedback loop without training, after AFL).
 
 It holds what was recommended, what the user agent answered and what the user really took: the truth of an earlier
-session is history in this one. It stands in the first message of both views, so these stay append-only.
+session is history in this one. It stands behind the history in the opening of both views, so these stay append-only.
 """
 
 from __future__ import annotations

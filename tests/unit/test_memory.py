@@ -11,7 +11,7 @@ import pytest
 from coars_fast.build import Parts, build
 from coars_fast.config import GameConfig
 from coars_fast.evaluate import evaluate
-from coars_fast.game.episode import RECOMMENDER, USER, Episode
+from coars_fast.game.episode import RECOMMENDER, USER, Episode, history_text
 from coars_fast.game.memory import session_text
 from coars_fast.memory import fresh_episodes
 from coars_fast.progress import Screen
@@ -36,16 +36,16 @@ def test_a_session_is_told_by_its_items_its_answers_and_what_was_taken() -> None
 
 
 @pytest.mark.parametrize("prompts", ["brief", "full"])
-def test_memory_ends_the_first_message_of_both_views_which_only_grow(prompts: Any) -> None:
+def test_memory_stands_behind_the_history_in_both_views_which_only_grow(prompts: Any) -> None:
     codec, template = family("chatml")
     game = GameConfig(max_turns=2, prompts=prompts)
     plain = Episode(TASK, TITLES, codec, template, game)
     episode = Episode(TASK, TITLES, codec, template, game, memory=told(prompts))
     header = len(template.headers["assistant"])
     for agent in (RECOMMENDER, USER):
-        end = codec.decode(plain.views[agent].tokens[: plain.views[agent].tokens.index(template.end_of_turn)])
         without, whole = (codec.decode(e.views[agent].tokens) for e in (plain, episode))
-        assert whole == without.replace(end, end + told(prompts), 1)
+        history = history_text(TASK.history, TITLES, game)
+        assert without.count(history) == 1 and whole == without.replace(history, history + told(prompts))
     name = "1. Gamma" if prompts == "full" else "Gamma"
     for text in (recommend(name), judge("skip", "0.30"), recommend(name), judge("skip", "0.30")):
         before = [list(view.tokens) for view in episode.views]
@@ -68,10 +68,8 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
 
 
 def memory_of(episode: Episode, agent: int) -> list[str]:
-    text = episode.codec.decode(
-        episode.views[agent].tokens[: episode.views[agent].tokens.index(episode.template.end_of_turn)]
-    )
-    return text.split("\nBefore: ")[1:]
+    lines = episode.codec.decode(episode.views[agent].tokens).split("\n")
+    return [line.removeprefix("Before: ") for line in lines if line.startswith("Before: ")]
 
 
 def test_earlier_sessions_are_about_what_was_taken_before_and_never_show_the_target(parts: Parts) -> None:
