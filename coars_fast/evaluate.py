@@ -231,9 +231,13 @@ def evaluate_run(options: EvaluateConfig) -> Path:
         config = replace(config, rollout=replace(config.rollout, constrained=True))
         changes["constrained"] = True
     screen = Screen()
-    parts = build(config, folder, screen, adapters_follow=True)
-    for agent, name in enumerate(("recommender", "user")):
-        load_peft(parts.decoder, agent, folder / "adapters" / name)
+    is_trained = (folder / "adapters").is_dir()
+    parts = build(config, folder, screen, adapters_follow=is_trained)
+    if is_trained:
+        for agent, name in enumerate(("recommender", "user")):
+            load_peft(parts.decoder, agent, folder / "adapters" / name)
+    else:
+        screen.say(f"{folder}: no adapters were saved yet; this is the model before training")
     with screen.bar("evaluation", 100) as advance:
         found = evaluate(parts, progress=lambda part, done, of: advance(100 * done // of, part))
     figures = found.metrics(config)
