@@ -46,6 +46,16 @@ class Pair:
     seeds: tuple[int, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A metric of a variant before training, after it, and what training changed, over its finished seeds."""
+
+    metric: str
+    before: Estimate
+    after: Estimate
+    difference: Difference
+
+
 class Results:
     """Evaluations of the finished cells.
 
@@ -99,6 +109,22 @@ class Results:
                         num_users=sum(_sizes(tables)),
                     )
 
+    def changes(self, dataset: str, variant: str) -> Iterator[Change]:
+        """Every metric of a variant before and after training."""
+        cells = self.cells(dataset, variant)
+        seeds = sorted(cells)
+        for metric, (part, function) in self._metrics(cells, variant).items():
+            before, after = (
+                [self._table(cells[seed], variant, part, when) for seed in seeds] for when in ("before", "after")
+            )
+            draws = self._draws(_sizes(after))
+            yield Change(
+                metric=metric,
+                before=draws.estimate(before, function),
+                after=draws.estimate(after, function),
+                difference=draws.difference(after, before, function),
+            )
+
     def pairs(self) -> list[Pair]:
         """Every variant against those of `compare`."""
         return [
@@ -119,8 +145,7 @@ class Results:
                 continue
             for seed in seeds:
                 self._check_users(ours[seed], theirs[seed])
-            both = {name: entry for name, entry in self._metrics(ours, variant).items()}
-            for metric, (part, function) in both.items():
+            for metric, (part, function) in self._metrics(ours, variant).items():
                 if metric not in self._metrics(theirs, against):
                     continue
                 first = [self._table(ours[seed], variant, part) for seed in seeds]
@@ -152,11 +177,11 @@ class Results:
         }
         return {name: entry for name, entry in found.items() if variant != SASREC or name in SASREC_METRICS}
 
-    def _users(self, cell: Cell, variant: str) -> dict[str, Any]:
-        return self.records[cell]["users"][SASREC if variant == SASREC else "after"]
+    def _users(self, cell: Cell, variant: str, when: str = "after") -> dict[str, Any]:
+        return self.records[cell]["users"][SASREC if variant == SASREC else when]
 
-    def _table(self, cell: Cell, variant: str, part: str) -> Table:
-        return {name: np.array(column) for name, column in self._users(cell, variant)[part].items()}
+    def _table(self, cell: Cell, variant: str, part: str, when: str = "after") -> Table:
+        return {name: np.array(column) for name, column in self._users(cell, variant, when)[part].items()}
 
     def _check_users(self, ours: Cell, theirs: Cell) -> None:
         if self.records[ours]["users"]["ids"] != self.records[theirs]["users"]["ids"]:

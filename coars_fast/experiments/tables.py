@@ -111,16 +111,38 @@ def _markdown(results: Results, rows: Sequence[Row], pairs: Sequence[Pair]) -> I
             (
                 (
                     results.label(v),
-                    *(_with_interval(found.get((dataset, v, m))) for m in metrics),
+                    *(_estimate(row.estimate) if (row := found.get((dataset, v, m))) else "" for m in metrics),
                     _count(found, dataset, v),
                 )
                 for v in variants
             ),
         )
         yield "\n95% intervals of a two-level bootstrap: seeds, then users within each; one seed: users alone."
+        for variant in experiment.compare:
+            yield from _changes(results, dataset, variant)
         for against in experiment.compare:
             yield from _paired(results, [p for p in pairs if (p.dataset, p.against) == (dataset, against)], against)
     yield from _missing(results)
+
+
+def _changes(results: Results, dataset: str, variant: str) -> Iterator[str]:
+    if variant not in results.variants(dataset):
+        return
+    found = {change.metric: change for change in results.changes(dataset, variant)}
+    yield f"\n**{_plain(results.label(variant))}**, before and after training:\n"
+    yield from _table(
+        ("", "before", "after", "difference"),
+        (
+            (
+                plots.label(metric),
+                _estimate(found[metric].before),
+                _estimate(found[metric].after),
+                _estimate(found[metric].difference, "+"),
+            )
+            for metric in SHOWN
+            if metric in found
+        ),
+    )
 
 
 def _paired(results: Results, pairs: Sequence[Pair], against: str) -> Iterator[str]:
@@ -171,18 +193,16 @@ def _plain(text: str) -> str:
     return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", " ".join(text.split()))
 
 
-def _with_interval(row: Row | None) -> str:
-    return (
-        "" if row is None else f"{_short(row.estimate.value)} ({_short(row.estimate.low)}, {_short(row.estimate.high)})"
-    )
+def _estimate(found: Estimate, sign: str = "") -> str:
+    """`.483 (.440, .527)`."""
+    return f"{_short(found.value, sign)} ({_short(found.low, sign)}, {_short(found.high, sign)})"
 
 
 def _difference(pair: Pair | None) -> str:
     if pair is None:
         return ""
-    found = pair.difference
-    text = f"{_short(found.value, '+')} ({_short(found.low, '+')}, {_short(found.high, '+')})"
-    text = f"**{text}**" if found.low > 0 or found.high < 0 else text
+    text = _estimate(pair.difference, "+")
+    text = f"**{text}**" if pair.difference.low > 0 or pair.difference.high < 0 else text
     return text + ("\\*" if pair.p_holm < 0.05 else "")
 
 

@@ -50,7 +50,7 @@ def write_cell(grid: Grid, name: str, hits: list[int], ids: list[int] | None = N
     folder.mkdir(parents=True)
     atomic_write_text(folder / "config.json", json_text(cli.config_to_dict(grid.config(cell))))
     interval = {"value": float(np.mean(hits)), "low": 0.0, "high": 1.0}
-    users: dict[str, Any] = {"ids": ids or list(range(len(hits))), "before": {"greedy": counts(hits)}}
+    users: dict[str, Any] = {"ids": ids or list(range(len(hits))), "before": {"greedy": counts([0] * len(hits))}}
     users["after"] = {"greedy": counts(hits)}
     users["sasrec_top1"] = {"greedy": {"episodes": [1.0] * len(hits), "hits": [1.0] * len(hits)}}
     record = {"before": {"hit@1": interval}, "after": {"hit@1": interval}, "users": users}
@@ -91,7 +91,10 @@ def test_tables_hold_what_is_finished_and_name_what_is_not(found: tuple[Experime
     assert float(pairs["bare", "hit@1"]["difference"]) == -0.25 and pairs["bare", "hit@1"]["num_seeds"] == "1"
     assert float(pairs["sasrec_top1", "hit@1"]["difference"]) == 0.25
     assert len(rows(grid.out / "cells.csv")) == 3 * 2
-    assert "| all of it | .750 (" in page and "3 of 6 cells are finished." in page
+    assert "| all of it | .750 (" in page
+    # `full` before and after: 0 for all, then .5 and 1 in its seeds.
+    assert "| Hit@1 | .000 (.000, .000) | .750 (.250, 1.00) | +.750 (+.250, +1.00) |" in page
+    assert "3 of 6 cells are finished." in page
     assert "(small, seeds 4): not run" in page and "start (small, seeds 3, 4): not run" in page
     assert "<b>" not in page.replace("\\<b\\>", "") and "\\| none" in page
 
