@@ -1,0 +1,54 @@
+"""Which cells may start, and how long the rest is said to take."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from coars_fast.config import Config, SFTConfig, TrainConfig
+from coars_fast.experiments.grid import Cell
+from coars_fast.experiments.runner import Clock, Grid, _startable
+
+
+def cell(variant: str, seed: int = 1, steps: int = 5, dataset: str = "world") -> Cell:
+    config = Config(train=TrainConfig(num_steps=steps))
+    return Cell(dataset=dataset, seed=seed, variant=variant, config=config)
+
+
+def test_the_first_cell_of_a_seed_runs_alone() -> None:
+    a, b, c, other = cell("a"), cell("b"), cell("c"), cell("a", seed=2)
+    assert _startable([a, b, c, other], [], set(), 3) == [a, other]
+    assert _startable([b, c], [a], set(), 3) == [], "they wait for what it leaves in the cache"
+    assert _startable([b, c, other], [], {("world", 1)}, 3) == [b, c, other]
+    assert _startable([b, c, other], [a], {("world", 1)}, 2) == [b]
+    assert _startable([b], [a, c], {("world", 1)}, 2) == []
+
+
+def test_time_left_comes_from_cells_of_the_same_kind() -> None:
+    trained, start = cell("a"), cell("start", steps=0)
+    clock = Clock({trained: 600.0})
+    waiting = [cell("b"), cell("c", seed=2)]
+    assert clock.left(waiting, [], 1) == "about 20 min left"
+    assert clock.left(waiting, [], 2) == "about 10 min left"
+    running: Any = [SimpleNamespace(cell=cell("d"), seconds=480.0)]
+    assert clock.left(waiting, running, 1) == "about 22 min left"
+    assert "known once" in clock.left([start], [], 1)
+    clock.done[start] = 60.0
+    assert clock.left([start, *waiting] * 10, [], 1) == "about 3 h 30 min left"
+    # Another data set's own cells count more than this one's.
+    clock.done[cell("a", dataset="films")] = 6000.0
+    assert clock.left([cell("b", dataset="films")], [], 1) == "about 1 h 40 min left"
+
+
+def test_cells_share_caches_where_they_can(tmp_path: Path) -> None:
+    plain = cell("a")
+    warm = replace(plain, variant="warm", config=replace(plain.config, warm_start=True))
+    adapters = replace(warm, variant="adapters", config=replace(warm.config, sft=SFTConfig(trainable="adapters")))
+    own = replace(warm, variant="own", config=replace(warm.config, sft=SFTConfig(cache="mine")))
+    grid = Grid(tmp_path, (plain, warm, adapters, own))
+    cache = str(tmp_path / "cache")
+    assert [grid.config(c).sft.cache for c in grid.cells] == [None, cache, None, "mine"]
+    assert {grid.config(c).eval.cache for c in grid.cells} == {grid.config(plain).sasrec.cache} == {cache}
+    assert grid.config(plain).out == str(tmp_path / "runs" / "world" / "1" / "a")
