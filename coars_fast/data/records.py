@@ -101,6 +101,8 @@ class TrainedTurn:
     """Importance of the turn before normalization; 0: excluded."""
     reference: tuple[int, ...]
     """Tokens of the branch before the reply: d_t and the repeated role header."""
+    reason: int | None = None
+    """How many of the reply's tokens come before its decision (the item, or action and score); None: all."""
 
 
 @dataclass(frozen=True, kw_only=True)

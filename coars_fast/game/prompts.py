@@ -150,6 +150,12 @@ def last_field(text: str, name: str) -> str | None:
     return found[-1].strip() if found else None
 
 
+def decision_start(text: str, name: str) -> int:
+    """Where the last line that starts with `name:` begins; the text's length where no line does."""
+    found = list(re.finditer(rf"^[^\S\n]*{name}:", text, flags=re.MULTILINE | re.IGNORECASE))
+    return found[-1].start() if found else len(text)
+
+
 def parse_recommendation(text: str, titles: Sequence[str]) -> int | None:
     """Index of the candidate that a recommender's reply names: by its whole title, by number, or by the normalised
     title after a number; else None.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 from coars_fast.config import GameConfig
 from coars_fast.data.records import TrainedTurn, Trajectory
 from coars_fast.game.episode import AGENTS, RECOMMENDER, USER, Episode
+from coars_fast.game.prompts import decision_start
 from coars_fast.game.reference import branch, reference_text
+from coars_fast.game.template import TextCodec
 
 
 def balance(hits: Sequence[bool]) -> list[float]:
@@ -17,6 +20,14 @@ def balance(hits: Sequence[bool]) -> list[float]:
     if not num_hits or not num_misses:
         return [1.0] * len(hits)
     return [len(hits) / (2 * (num_hits if hit else num_misses)) for hit in hits]
+
+
+def reason_length(codec: TextCodec, ids: Sequence[int], agent: int) -> int:
+    """How many tokens of a reply come before its decision: the last `Item:` line (recommender) or `Action:` line (user
+    agent), with all that follows. All of them where there is no such line; a token that holds the line's beginning is
+    part of it."""
+    start = decision_start(codec.decode(ids), "Item" if agent == RECOMMENDER else "Action")
+    return bisect_right(range(len(ids)), start, key=lambda n: len(codec.decode(ids[: n + 1])))
 
 
 def trajectories(episodes: Sequence[Episode], game: GameConfig) -> list[Trajectory]:
@@ -47,6 +58,7 @@ def trajectories(episodes: Sequence[Episode], game: GameConfig) -> list[Trajecto
                         reward=reward or 0.0,
                         weight=0.0 if reward is None else weight,
                         reference=tuple(branch(episode, turn, agent, text)),
+                        reason=reason_length(episode.codec, view.tokens[span.start : span.end], agent),
                     )
                 )
             if trained:

@@ -116,3 +116,25 @@ def agent_means(credit: Tensor, tokens: TokenCredits) -> Tensor:
         0, tokens.agent[tokens.counted], credit[tokens.counted].double()
     )
     return sums / tokens.agent[tokens.counted].bincount(minlength=NUM_AGENTS).clamp(min=1)
+
+
+@torch.no_grad()
+def credit_by_kind(
+    batch: PackedBatch, logp: Tensor, teacher_logp: Tensor | None, credit_clip: float
+) -> dict[str, Tensor]:
+    """Each agent's mean credit, clipped and before it is centred, of the tokens before a reply's decision
+    (`credit_reason_rec`) and from there on (`credit_decision_rec`), with the number of tokens beside each
+    (`num_credit_...`). Arguments as for `learn.metrics.credit_by_place`."""
+    if teacher_logp is None:
+        return {}
+    tokens = gather([batch], [logp], [teacher_logp])
+    credit = credit_of("token", tokens, clip=credit_clip, seed=0).double()
+    position = torch.arange(len(credit), device=credit.device) - batch.turn_offsets.long()[tokens.turn]
+    decides = position >= batch.turn_reason[tokens.turn]
+    found = {}
+    for agent, agent_name in enumerate(("rec", "user")):
+        for kind, of_kind in (("reason", ~decides), ("decision", decides)):
+            mine = tokens.counted & of_kind & (tokens.agent == agent)
+            name, count = f"credit_{kind}_{agent_name}", mine.sum()
+            found |= {name: credit.where(mine, 0.0).sum() / count.clamp(min=1), f"num_{name}": count}
+    return found

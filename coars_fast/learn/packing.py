@@ -35,6 +35,8 @@ class PackedBatch:
     turn_reward: Tensor
     turn_weight: Tensor
     turn_agent: Tensor
+    turn_reason: Tensor
+    """[M] int64, how many of a turn's tokens come before its decision."""
     branch_tokens: Tensor
     branch_positions: Tensor
     cu_branch: Tensor
@@ -108,6 +110,7 @@ def pack(trajectories: Sequence[Trajectory]) -> PackedBatch:
         turn_reward=torch.tensor([turn.reward for turn in turns], dtype=torch.float32),
         turn_weight=torch.tensor([turn.weight for turn in turns], dtype=torch.float32),
         turn_agent=agents.repeat_interleave(torch.tensor(num_turns)),
+        turn_reason=torch.tensor([turn.end - turn.start if turn.reason is None else turn.reason for turn in turns]),
         branch_tokens=torch.tensor(branch, dtype=torch.int64),
         branch_positions=torch.tensor(branch_positions, dtype=torch.int64),
         cu_branch=_bounds([len(turn.reference) + turn.end - turn.start - 1 for turn in turns]),

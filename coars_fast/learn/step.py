@@ -19,7 +19,7 @@ from torch import Tensor
 from coars_fast.config import Config
 from coars_fast.data.records import Trajectory
 from coars_fast.errors import NonFiniteError
-from coars_fast.learn.credit import agent_means, credit_of, gather
+from coars_fast.learn.credit import agent_means, credit_by_kind, credit_of, gather
 from coars_fast.learn.metrics import AGENT_NAMES, combined, credit_by_place, token_metrics, whole
 from coars_fast.learn.objective import normalise
 from coars_fast.learn.packing import PackedBatch, Work, check_budget, pack, split
@@ -219,7 +219,8 @@ class Learner:
             value, metrics = credit_policy_loss(logp, teacher_logp, *values, **options)
             result = FusedCreditLoss(value, metrics, logp.detach(), teacher_logp)
         own = token_metrics(batch, result.logp, result.metrics["num_tokens"])
-        own |= credit_by_place(batch, result.logp, result.teacher_logp, loss.credit_clip)
+        for by in (credit_by_place, credit_by_kind):
+            own |= by(batch, result.logp, result.teacher_logp, loss.credit_clip)
         return result._replace(metrics=result.metrics | own | {"loss": result.loss.detach()})
 
     def _with_other_teacher(self, batch: PackedBatch) -> PackedBatch:

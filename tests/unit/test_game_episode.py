@@ -11,8 +11,8 @@ from coars_fast.config import GameConfig
 from coars_fast.data.records import TrainedTurn
 from coars_fast.game.episode import RECOMMENDER, USER, Episode, Reply, Span, judgement_prompt
 from coars_fast.game.prompts import FULL
-from coars_fast.game.trajectory import balance, trajectories
-from tests.game_pieces import TASK, TITLES, an_episode, family, judge, recommend, say
+from coars_fast.game.trajectory import balance, reason_length, trajectories
+from tests.game_pieces import TASK, TITLES, an_episode, family, judge, recommend, say, spelled
 
 GAME = GameConfig(max_turns=2)
 CODEC, TEMPLATE = family("chatml")
@@ -120,6 +120,7 @@ def test_trajectories_hold_views_rewards_weights_and_references() -> None:
         USER: ("Note: the user did not take Gamma, so dislike.", "Note: the user took Delta, so click."),
     }
     expected = {RECOMMENDER: ((0.0, 0.0), (0.475, 1.0)), USER: ((-0.198, 1.0), (0.768, 1.0))}
+    reason = {RECOMMENDER: "Reason: try it.\n", USER: "Reason: so it is.\n"}
     for trajectory in (rec, user):
         agent, view = trajectory.agent, episode.views[trajectory.agent]
         assert trajectory.episode == 0
@@ -127,7 +128,7 @@ def test_trajectories_hold_views_rewards_weights_and_references() -> None:
         assert trajectory.turns == tuple(
             TrainedTurn(
                 fork=span.fork, start=span.start, end=span.end, reward=pytest.approx(reward), weight=weight,  # pyright: ignore
-                reference=(*message("system", text(note)), *ASK),
+                reference=(*message("system", text(note)), *ASK), reason=len(spelled(CODEC, reason[agent])),
             )
             for span, (reward, weight), note in zip(view.spans, expected[agent], notes[agent], strict=True)
         )  # fmt: skip
@@ -298,3 +299,23 @@ def test_either_prompts_understand_a_number_and_a_title(prompts: Any, item: str)
     episode = an_episode(GameConfig(max_turns=2, prompts=prompts))
     play(episode, recommend(item))
     assert episode.turns[0].hit and episode.waiting == USER
+
+
+@pytest.mark.parametrize(
+    ("reply", "agent", "reason"),
+    [
+        ("Reason: calm.\nItem: Delta", RECOMMENDER, "Reason: calm.\n"),
+        ("Item: Gamma\nno,\n item: Delta", RECOMMENDER, "Item: Gamma\nno,\n"),
+        ("Reason: so.\nAction: click\nScore: 0.90", USER, "Reason: so.\n"),
+        ("Reason: Item: or Action: alike", USER, "Reason: Item: or Action: alike"),
+        ("Item: Delta", RECOMMENDER, ""),
+    ],
+)
+def test_the_reason_ends_where_the_decision_begins(reply: str, agent: int, reason: str) -> None:
+    codec, template = family("chatml")
+    ids = [*spelled(codec, reply), template.end_of_turn]
+    whole = reply == reason
+    assert reason_length(codec, ids, agent) == (len(ids) if whole else len(spelled(codec, reason)))
+    joined = codec.encode(reply)
+    start = reason_length(codec, joined, agent)  # a line break may be one token with what follows
+    assert codec.decode(joined[:start]) == reason or whole or codec.decode(joined[: start + 1]).startswith(reason)

@@ -11,7 +11,7 @@ import torch
 
 from coars_fast.config import Config, LossConfig, check
 from coars_fast.errors import ConfigError
-from coars_fast.learn.credit import TokenCredits, agent_means, credit_of, gather
+from coars_fast.learn.credit import TokenCredits, agent_means, credit_by_kind, credit_of, gather
 from coars_fast.learn.packing import pack
 from tests.conversations import conversations
 
@@ -111,3 +111,30 @@ def test_a_form_without_credit_is_refused() -> None:
     check(Config(loss=LossConfig(credit_form="gated", teacher="ema")))
     with pytest.raises(ConfigError, match="^loss.credit_form: shuffled does nothing at loss.credit_weight 0"):
         check(Config(loss=LossConfig(credit_form="shuffled", credit_weight=0.0)))
+
+
+def test_credit_before_and_after_the_decision_is_told_apart() -> None:
+    found = conversations(5, 2, (3, 3))
+    found = [
+        replace(t, turns=tuple(replace(u, reason=min(n, u.end - u.start), weight=n % 2) for n, u in enumerate(t.turns)))
+        for t in found
+    ]
+    batch = pack(found)
+    logp = torch.full((len(batch.target),), -1.0)
+    teacher = logp + torch.linspace(-2, 2, len(logp))
+    metrics = credit_by_kind(batch, logp, teacher, 0.5)
+    expected: dict[str, list[float]] = {}
+    row = 0
+    for t in found:
+        for turn in t.turns:
+            for n in range(turn.end - turn.start):
+                assert turn.reason is not None
+                name = f"credit_{'reason' if n < turn.reason else 'decision'}_{('rec', 'user')[t.agent]}"
+                if turn.weight:
+                    expected.setdefault(name, []).append(max(-0.5, min(0.5, float(teacher[row] - logp[row]))))
+                row += 1
+    assert {name for name in metrics if not name.startswith("num_")} == set(expected)
+    for name, values in expected.items():
+        assert metrics[f"num_{name}"] == len(values)
+        assert float(metrics[name]) == pytest.approx(sum(values) / len(values), abs=1e-6)
+    assert credit_by_kind(batch, logp, None, 0.5) == {}

@@ -20,7 +20,7 @@ FIRST = Trajectory(
     behaviour_logp=(-0.1, -0.2, -0.3),
     turns=(
         TrainedTurn(fork=2, start=3, end=5, reward=0.5, weight=1.0, reference=(50, 3)),
-        TrainedTurn(fork=6, start=7, end=8, reward=-1.0, weight=0.0, reference=(60, 61, 7)),
+        TrainedTurn(fork=6, start=7, end=8, reward=-1.0, weight=0.0, reference=(60, 61, 7), reason=0),
     ),
 )
 SECOND = Trajectory(
@@ -28,7 +28,7 @@ SECOND = Trajectory(
     agent=1,
     tokens=(11, 12, 13, 14),
     behaviour_logp=(-0.4, -0.5),
-    turns=(TrainedTurn(fork=1, start=2, end=4, reward=0.25, weight=2.0, reference=(70, 12)),),
+    turns=(TrainedTurn(fork=1, start=2, end=4, reward=0.25, weight=2.0, reference=(70, 12), reason=1),),
 )
 EXPECTED = {
     "token_ids": [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14],
@@ -42,6 +42,7 @@ EXPECTED = {
     "turn_reward": [0.5, -1.0, 0.25],
     "turn_weight": [1.0, 0.0, 2.0],
     "turn_agent": [0, 0, 1],
+    "turn_reason": [2, 0, 1],
     "branch_tokens": [50, 3, 4, 60, 61, 7, 70, 12, 13],
     "branch_positions": [2, 3, 4, 6, 7, 8, 1, 2, 3],
     "cu_branch": [0, 3, 6, 9],
