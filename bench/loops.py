@@ -1,9 +1,9 @@
 """What the loops' benches share: the synthetic world, its conversations, and the ways in which others play and train.
 
 The model is the shipped `tiny_base`, in float32, at every preset; presets change the number of episodes. Sampling is
-greedy, so that every player says the same and can be checked in the same way. Shapes of large models, with random
-weights, hold no conversation: they are in `bench/large.py`. Left out: a server as a rival (it needs a GPU and its own
-process).
+greedy, so that every player says the same and can be checked in the same way. A shape with random weights (`SHAPES`)
+holds no conversation: its replies are cut, and only the recommender speaks. Left out: large models (`bench/large.py`),
+a server as a rival (it needs a GPU and its own process).
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ from torch import Tensor
 import coars_fast.learn.step as step_module
 from bench.exact import exact, exact_logp
 from bench.harness import Result
-from coars_fast.build import TINY_BASE, Parts, build
-from coars_fast.config import Config, LossConfig, ModelConfig, RolloutConfig, SASRecConfig, TrainConfig
+from coars_fast.build import Parts, build
+from coars_fast.config import Config, GameConfig, LossConfig, ModelConfig, SASRecConfig, TrainConfig
 from coars_fast.data.records import Task, Trajectory
 from coars_fast.game.episode import Episode, Reply
 from coars_fast.game.trajectory import trajectories
@@ -30,7 +30,10 @@ from coars_fast.learn.packing import PackedBatch
 from coars_fast.learn.step import Learner
 from coars_fast.learn.two_stream import re_prefill
 from coars_fast.model.attention import PackedAttention
+from coars_fast.model.config import DecoderConfig
 from coars_fast.model.decoder import Decoder
+from coars_fast.model.load import save_decoder
+from coars_fast.model.lora import add_adapters
 from coars_fast.progress import Screen
 from coars_fast.rollout.play import play
 from coars_kernels.credit_policy_loss.reference import credit_policy_loss_reference
@@ -39,6 +42,12 @@ from coars_kernels.linear_logprob.reference import linear_logprob_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NUM_EPISODES = {"smoke": 4, "cpu": 16, "h100": 512}
+SHAPES = {
+    "55m": DecoderConfig(
+        family="qwen3", vocab_size=32_000, hidden_size=512, intermediate_size=1536, num_layers=12, num_heads=8,
+        num_kv_heads=4, head_dim=64, tie_word_embeddings=True, max_position_embeddings=4096,
+    )
+}  # fmt: skip
 
 
 class _Quiet(Screen):
@@ -46,12 +55,26 @@ class _Quiet(Screen):
         """A bench prints its table alone."""
 
 
-@dataclass
+@dataclass(eq=False)
 class World:
     """Everything an iteration works with."""
 
     parts: Parts
     tasks: list[Task]
+    temperature: float
+
+    @cached_property
+    def rival(self) -> Any:
+        """The base in transformers. Fresh adapters are zero, so it says the same as both agents: merging them into its
+        weights, which trainers do before a rollout, changes nothing and is not timed."""
+        import transformers
+
+        bare = Decoder(self.parts.decoder.config)
+        bare.load_state_dict({n: p for n, p in self.parts.decoder.state_dict().items() if "lora_" not in n})
+        with tempfile.TemporaryDirectory() as folder:
+            save_decoder(bare, Path(folder))
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return model.to(DEVICE).eval()
 
     def episodes(self) -> list[Episode]:
         """Fresh conversations about the tasks."""
@@ -59,74 +82,85 @@ class World:
 
 
 @cache
-def world(num_episodes: int) -> World:
-    """The synthetic world, the tiny base and fresh adapters."""
+def world(
+    num_episodes: int,
+    max_turns: int = 3,
+    prompts: Literal["brief", "full"] = "brief",
+    shape: str | None = None,
+    temperature: float = 0.0,
+) -> World:
+    """The synthetic world, the tiny base or a shape of `SHAPES` with random weights, and fresh adapters."""
     config = Config(
         sasrec=SASRecConfig(num_epochs=1),
         model=ModelConfig(dtype="float32"),
-        rollout=RolloutConfig(temperature=0.0),
+        game=GameConfig(max_turns=max_turns, prompts=prompts),
         train=TrainConfig(episodes_per_step=num_episodes, warmup_steps=0),
         # A baseline by turn would see other turns where a rival splits conversations into rows.
         loss=LossConfig(baseline="batch"),
     )
     with tempfile.TemporaryDirectory() as folder:
         parts = build(config, Path(folder), _Quiet())
-    return World(parts, parts.tasks.train_tasks(0))
+    if shape is not None:
+        decoder = Decoder(SHAPES[shape], generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_(False)
+        add_adapters(decoder, rank=config.model.lora_rank, alpha=config.model.lora_alpha)
+        parts = replace(parts, decoder=decoder)
+    return World(parts, parts.tasks.train_tasks(0), temperature)
 
 
 # -------------------------------------------------------------------------------------------------------------- playing
 
 
-def play_ours(here: World) -> list[Episode]:
+def play_ours(here: World, seed: int = 0) -> list[Episode]:
     """`coars_fast.rollout.play`: cached keys and values of both views."""
     config, episodes = here.parts.config, here.episodes()
     play(
         here.parts.decoder,
         episodes,
-        seed=0,
-        temperature=0.0,
+        seed=seed,
+        temperature=here.temperature,
         max_reply_tokens=config.rollout.max_reply_tokens,
         batch_size=len(episodes),
     )
     return episodes
 
 
-@cache
-def transformers_model() -> Any:
-    """The base in transformers. Fresh adapters are zero, so it says the same as both agents: merging them into its
-    weights, which trainers do before a rollout, changes nothing and is not timed."""
-    import transformers
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(TINY_BASE, dtype=torch.float32)
-    return model.to(DEVICE).eval()
-
-
 @torch.no_grad()
-def play_generate(here: World) -> list[Episode]:
-    """`transformers` `generate` on the whole conversation at every turn; its padding is on the left. The conversation's
-    tokens are given to it, so rendering and tokenising them again is not timed."""
-    model, episodes = transformers_model(), here.episodes()
+def play_generate(here: World, seed: int = 0) -> list[Episode]:
+    """`transformers` `generate` on the whole conversation at every turn; its padding is on the left. At every turn the
+    conversation is rendered as text and tokenised again, as trainers whose conversations are messages do; what is given
+    to the model are the tokens that were drawn, so that all players say the same."""
+    torch.manual_seed(seed)
+    model, episodes, codec = here.rival, here.episodes(), here.parts.codec
     template, limit = here.parts.template, here.parts.config.rollout.max_reply_tokens
     agent = 0
     while any(episode.waiting is not None for episode in episodes):
         due = [episode for episode in episodes if episode.waiting == agent]
         if due:
             views = [episode.views[agent].tokens for episode in due]
-            for episode, reply in zip(due, _generate(model, views, template.control, limit), strict=True):
+            for view in views:
+                codec.encode(codec.decode(view))
+            for episode, reply in zip(
+                due, _generate(model, views, template.control, limit, here.temperature), strict=True
+            ):
                 episode.receive(reply)
         agent = 1 - agent
     return episodes
 
 
-def _generate(model: Any, views: Sequence[Sequence[int]], control: frozenset[int], limit: int) -> list[Reply]:
-    """One greedy reply to each view."""
+def _generate(
+    model: Any, views: Sequence[Sequence[int]], control: frozenset[int], limit: int, temperature: float
+) -> list[Reply]:
+    """One reply to each view."""
     longest, pad = max(map(len, views)), min(control)
     ids = torch.tensor([[pad] * (longest - len(view)) + list(view) for view in views], device=DEVICE)
     mask = torch.tensor([[0] * (longest - len(view)) + [1] * len(view) for view in views], device=DEVICE)
+    how: dict[str, Any] = {"do_sample": False}
+    if temperature:
+        how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     found = model.generate(
         input_ids=ids,
         attention_mask=mask,
-        do_sample=False,
+        **how,
         max_new_tokens=limit,
         eos_token_id=sorted(control),
         pad_token_id=pad,

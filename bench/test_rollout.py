@@ -4,7 +4,8 @@
 
 Greedy, on the tiny base in the synthetic world; the log-probs of what each player said are checked against float64. The
 floor is arithmetic alone, every token of every conversation once; small models are far from it, since each of their
-operations is short. Decoding at the shape of a 7B model is in `test_large_model.py`. Left out: servers.
+operations is short. A larger shape with random weights takes minutes on a CPU and has a command of its own
+(`bench/rollout_ratio.py`); decoding at the shape of a 7B model is in `test_large_model.py`. Left out: servers.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from coars_fast import __version__
 
 transformers = pytest.importorskip("transformers")
 
+NUM_EPISODES = {"cpu": 64}
+
 
 def cases(preset: Preset) -> list[Case]:
-    here = loops.world(loops.NUM_EPISODES[preset.name])
+    here = loops.world(NUM_EPISODES.get(preset.name, loops.NUM_EPISODES[preset.name]), max_turns=5)
     episodes = loops.play_ours(here)
     variants = [
         Variant("play", lambda w: loops.spoken(loops.play_ours(w)), "ours", f"coars_fast {__version__}"),
