@@ -212,6 +212,9 @@ class LossConfig:
     began with; or a moving average. The last two compute every turn's context again."""
     teacher_decay: float = 0.99
     """What `ema` keeps of its average at each update."""
+    teacher_placement: Literal["trainer", "engine"] = "trainer"
+    """Where the `current` teacher is computed: beside the student, at each update's own weights, or by the rollout
+    engine as conversations end, at the weights that spoke. With one update a step the two are equal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -456,6 +459,17 @@ def _contradictions(config: Config) -> list[str]:
             config.game.reference == "empty" and (config.loss.credit_form != "token" or config.game.rewards == "none"),
             "game.reference: with empty the credit is 0, which leaves loss.credit_form without effect and game.rewards "
             "none with nothing to learn from; use --loss.credit-form token and other rewards",
+        ),
+        (
+            config.loss.teacher_placement == "engine"
+            and (config.loss.teacher != "current" or not config.loss.credit_weight),
+            "loss.teacher_placement: engine scores with the current adapters, for the credit; use it with loss.teacher "
+            "current and a loss.credit_weight above 0, or choose trainer",
+        ),
+        (
+            config.loss.teacher_placement == "engine" and config.game.reference in ("other_user", "diagnosis"),
+            f"loss.teacher_placement: engine scores an episode when it ends, before game.reference "
+            f"{config.game.reference} can be written; use --loss.teacher-placement trainer",
         ),
         (
             config.game.rewards == "none" and not config.loss.credit_weight,

@@ -55,6 +55,7 @@ def run_steps(config: Config, run: RunFolder, start: Path | None, screen: Screen
     from coars_fast.memory import fresh_episodes
     from coars_fast.resume import restore, save
     from coars_fast.rollout.play import play
+    from coars_fast.rollout.teacher import TeacherScores
     from coars_fast.summary import step_line, step_metrics, transcripts
 
     parts = build(config, run.path, screen, adapters_follow=start is not None)
@@ -73,6 +74,7 @@ def run_steps(config: Config, run: RunFolder, start: Path | None, screen: Screen
                 temperature=temperature,
                 max_turns=episode_depth(config, step),
             )
+            scores = TeacherScores(config.game) if config.loss.teacher_placement == "engine" else None
             rollout = play(
                 parts.decoder,
                 episodes,
@@ -82,11 +84,14 @@ def run_steps(config: Config, run: RunFolder, start: Path | None, screen: Screen
                 batch_size=config.rollout.batch_size,
                 kv_gib=config.rollout.kv_gib,
                 attention=config.rollout.attention,
+                branches=scores,
                 watch=lambda figures, done=step: advance(done, f"playing {figures.line()}"),
             )
             diagnose(parts, episodes)
             played = time.perf_counter()
             turns = trajectories(episodes, config.game)  # rewards, weights and references of every turn
+            if scores is not None:
+                turns = scores.add_to(turns)
             metrics = learner.update(turns, step) | step_metrics(episodes)
             metrics |= {"seconds_rollout": played - begun, "seconds_train": time.perf_counter() - played}
             metrics |= rollout.metrics()

@@ -130,8 +130,8 @@ class Trajectory:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that one step computes for it: its own, and its teacher's branches."""
-        return len(self.tokens) + self.num_teacher_tokens
+        """Tokens that one step computes for it: its own, and its teacher's branches unless they are scored already."""
+        return len(self.tokens) + (self.num_teacher_tokens if self.teacher_logp is None else 0)
 
 
 @dataclass(frozen=True, kw_only=True)

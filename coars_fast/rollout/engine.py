@@ -196,6 +196,8 @@ class Engine:
         contexts: Sequence[Sequence[int]],
         tokens: Sequence[Sequence[int]],
         agents: Sequence[int],
+        *,
+        lengths: Sequence[int] | None = None,
     ) -> list[Tensor]:
         """Log-probs of given tokens after a sequence and a context, on forks that are dropped again.
 
@@ -204,6 +206,7 @@ class Engine:
             contexts: tokens between the sequence and the scored ones, at least one for each.
             tokens: what is scored, at least one for each.
             agents: as for `extend`.
+            lengths: how many tokens of each sequence are read; None: all that are cached.
 
         Returns:
             For each sequence [n] fp32.
@@ -214,12 +217,15 @@ class Engine:
         if any(len(part) == 0 for part in (*contexts, *tokens)):
             raise ConfigError("contexts, tokens: what is scored needs a token before it and one of its own")
         added = [[*context, *part[:-1]] for context, part in zip(contexts, tokens, strict=True)]
-        self._check(sequences, [[*a, t[-1]] for a, t in zip(added, tokens, strict=True)], agents, distinct=False)
+        whole = [[*a, t[-1]] for a, t in zip(added, tokens, strict=True)]
+        self._check(sequences, whole, agents, lengths=lengths, distinct=False)
         found: list[Tensor] = [torch.empty(0)] * len(sequences)
         order = sorted(range(len(sequences)), key=lambda i: (agents[i], -len(added[i])))
         for chunk in _chunks(order, added):
-            forks = {i: self.pool.fork(sequences[i]) for i in chunk}
+            forks: dict[int, CachedSequence] = {}
             try:
+                for i in chunk:
+                    forks[i] = self.pool.fork(sequences[i], None if lengths is None else lengths[i])
                 hidden = self._append(chunk, forks, added, agents, whole=True)
             finally:
                 for fork in forks.values():
@@ -286,9 +292,11 @@ class Engine:
         agents: Sequence[int],
         further: Sequence[int] = (),
         *,
+        lengths: Sequence[int] | None = None,
         distinct: bool = True,
     ) -> None:
-        """Refuse what cannot be computed, before any work; `further` tokens of each will follow."""
+        """Refuse what cannot be computed, before any work; `further` tokens of each will follow. `lengths`: where the
+        tokens stand, if not at the sequences' ends."""
         shape = self.decoder.config
         if not len(sequences) == len(tokens) == len(agents) or not sequences:
             raise ConfigError(
@@ -301,7 +309,10 @@ class Engine:
             self.pool.require(sequence)
             if not len(part):
                 raise ConfigError("tokens: a sequence is to be extended by nothing; give at least one token")
-            length, limit = sequence.length + len(part) + sum(further[i : i + 1]), shape.max_position_embeddings
+            start = sequence.length if lengths is None else lengths[i]
+            if not 0 <= start <= sequence.length:
+                raise ConfigError(f"lengths: {start} tokens of a sequence are asked for that has {sequence.length}")
+            length, limit = start + len(part) + sum(further[i : i + 1]), shape.max_position_embeddings
             if length > limit:
                 raise ConfigError(f"tokens: a sequence of {length} does not fit the model's {limit} positions")
             low, high = min(part), max(part)

@@ -21,6 +21,7 @@ from coars_fast.rollout.engine import PAGE_SIZE, Engine
 from coars_fast.rollout.grammar import episode_endings, reply_grammar
 from coars_fast.rollout.sampling import Constraint, Sampling
 from coars_fast.rollout.scheduler import Conversation, Scheduler, Statistics, check_conversations
+from coars_fast.rollout.scoring import Branch
 
 Progress = Callable[[int, int], None]
 
@@ -47,6 +48,7 @@ def play(
     constrained: bool = False,
     kv_gib: float | None = None,
     attention: str = "auto",
+    branches: Callable[[int, Episode], Sequence[Branch]] | None = None,
     progress: Progress | None = None,
     watch: Callable[[Statistics], None] | None = None,
 ) -> Statistics:
@@ -63,6 +65,7 @@ def play(
         constrained: hold replies to their format; log-probs are then those of what was allowed.
         kv_gib: memory for keys and values; None takes what the episodes need, up to half of what is free.
         attention: as for `Engine`.
+        branches: of episode i, once it is over, what is to be scored before this returns (see `teacher.py`).
         progress: called with (episodes done, episodes).
         watch: called with the figures so far.
 
@@ -88,6 +91,7 @@ def play(
         constraint=constraint if constrained else None,
         kv_gib=kv_gib,
         attention=attention,
+        branches=branches,
         progress=progress,
         watch=watch,
     )

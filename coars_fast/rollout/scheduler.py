@@ -3,7 +3,8 @@
 A turn is admitted when pages for all that it can come to are free (the context so far and the longest reply), so no
 running turn is ever interrupted. Between two blocks of decoding, all turns that were admitted are extended in one go.
 Views that wait for the partner keep their pages as long as nobody who could run needs them; then they are released, and
-computed again at their next turn. Prompts that several conversations share are computed once and forked.
+computed again at their next turn. Prompts that several conversations share are computed once and forked. Branches of
+conversations that are over (`scoring.py`) are scored in batches from what is still cached.
 
 Imports neither a model nor a conversation: anything with `waiting`, `views` and `receive` is played.
 """
@@ -21,6 +22,7 @@ from coars_fast.game.episode import Reply
 from coars_fast.rollout.pages import CachedSequence, PagePool
 from coars_fast.rollout.prefixes import Prefix, find_prefixes
 from coars_fast.rollout.sampling import Constraint, PartialReply, Sampling
+from coars_fast.rollout.scoring import Branch, Scoring
 
 OVER_SHARE = 8
 """A block of decoding ends when one in so many of its rows is over: then others take their places."""
@@ -66,6 +68,16 @@ class Engine(Protocol):
         self, replies: Sequence[PartialReply], sampling: Sampling, *, until: int | None = None
     ) -> tuple[int, int]: ...
 
+    def score(
+        self,
+        sequences: Sequence[CachedSequence],
+        contexts: Sequence[Sequence[int]],
+        tokens: Sequence[Sequence[int]],
+        agents: Sequence[int],
+        *,
+        lengths: Sequence[int] | None = None,
+    ) -> Sequence[Any]: ...
+
 
 @dataclass
 class Statistics:
@@ -82,7 +94,8 @@ class Statistics:
     """Not computed, since another conversation's prompt begins alike."""
     repeated_tokens: int = 0
     """Computed again, since their pages had been given to others."""
-    extends: int = 0
+    scored_tokens: int = 0
+    """Of branches: contexts and what was scored."""
     blocks: int = 0
     steps: int = 0
     row_steps: int = 0
@@ -102,6 +115,7 @@ class Statistics:
             "rollout_fill": self.fill,
             "rollout_shared_tokens": float(self.shared_tokens),
             "rollout_repeated_tokens": float(self.repeated_tokens),
+            "rollout_scored_tokens": float(self.scored_tokens),
         }
 
     def line(self) -> str:
@@ -178,8 +192,7 @@ class Scheduler:
         resample_invalid: draw a reply that is not valid once more, at temperature 1.
         constraint: what a reply of the waiting agent is held to, if anything.
         watch: called after each block of decoding.
-        background: pieces of work (scoring, say) that are done one by one while the batch is half empty and nobody
-            waits to enter, and at the end.
+        branches: of the conversation with this number, once it is over, what is to be scored.
     """
 
     def __init__(
@@ -195,7 +208,7 @@ class Scheduler:
         resample_invalid: bool = False,
         constraint: Callable[[Conversation], Constraint] | None = None,
         watch: Callable[[Statistics], None] | None = None,
-        background: Sequence[Callable[[], None]] = (),
+        branches: Callable[[int, Conversation], Sequence[Branch]] | None = None,
     ):
         self.engine, self.pool, self.sampling = engine, engine.pool, sampling
         self.temperature, self.max_reply_tokens, self.batch_size = temperature, max_reply_tokens, batch_size
@@ -205,8 +218,8 @@ class Scheduler:
             constraint,
             watch,
         )
-        self.background = deque(background)
         self.statistics = Statistics(len(conversations), min(batch_size, len(conversations)), self.pool.num_pages)
+        self.branches, self.scoring = branches, Scoring(engine, self.statistics)
         self.new = deque(self._seats(conversations))
         self.ready: deque[_Seat] = deque()
         """In flight and due: first come, first served."""
@@ -241,9 +254,8 @@ class Scheduler:
                 self.running += started
                 self._decode()
                 self._collect()
+                self.scoring.work(others_run=bool(self.new or self.seated))
                 self._note(begun)
-            while self.background:
-                self.background.popleft()()
         finally:
             self._release_all()
         return self.statistics
@@ -350,7 +362,7 @@ class Scheduler:
 
         Neither the seat's view of `agent` nor `source` is released, nor what anybody who is running writes.
         """
-        if pages <= self.pool.num_free:
+        if self.scoring.make_room(pages):
             return True
         for owner in reversed(self.seated):
             speaker = owner.conversation.waiting
@@ -381,8 +393,6 @@ class Scheduler:
         self.statistics.steps += steps
         self.statistics.row_steps += worked
         self.statistics.blocks += 1
-        if self.background and not self.new and 2 * len(replies) < self.batch_size:
-            self.background.popleft()()
 
     def _collect(self) -> None:
         """Hand over the replies that are over."""
@@ -407,6 +417,10 @@ class Scheduler:
         seat.seen[agent], seat.attempt = sequence.length, 0
         conversation.receive(said)
         if conversation.waiting is None:
+            found = self.branches(seat.number, conversation) if self.branches else ()
+            if found:
+                self.scoring.add(conversation, seat.cached, found)
+                seat.cached = [None, None]
             self._release(seat)
             self.statistics.done += 1
         else:
@@ -426,6 +440,7 @@ class Scheduler:
         for prefix in self.prefixes:
             if prefix.sequence is not None:
                 self.pool.release(prefix.sequence)
+        self.scoring.drop()
 
     def _note(self, begun: float) -> None:
         figures = self.statistics

@@ -7,7 +7,7 @@ what the agent has seen. 10,000 random runs: `pytest -m slow tests/property/test
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -15,11 +15,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coars_fast.errors import ConfigError
+from coars_fast.errors import ConfigError, PagesError
 from coars_fast.game.episode import Reply
 from coars_fast.rollout.pages import CachedSequence, PagePool
 from coars_fast.rollout.sampling import PartialReply, Sampling
 from coars_fast.rollout.scheduler import Scheduler, Statistics, check_conversations
+from coars_fast.rollout.scoring import BATCH, Branch
 
 CONTROL = frozenset({0, 1})
 VOCABULARY = 12
@@ -122,6 +123,32 @@ class FakeEngine:
             for token in part:
                 self._write(sequence, token, agent)
 
+    def score(
+        self,
+        sequences: Sequence[CachedSequence],
+        contexts: Sequence[Sequence[int]],
+        tokens: Sequence[Sequence[int]],
+        agents: Sequence[int],
+        *,
+        lengths: Sequence[int] | None = None,
+    ) -> list[torch.Tensor]:
+        """What the cached tokens before each branch add up to, in the place of log-probs."""
+        assert lengths is not None and len(sequences) <= BATCH
+        found, forks = [], []
+        for sequence, context, part, agent, length in zip(sequences, contexts, tokens, agents, lengths, strict=True):
+            fork = self.pool.fork(sequence, length)
+            forks.append(fork)
+            self.pool.grow(fork, length + len(context) + len(part) - 1)
+            read = [self._place(fork, position) for position in range(length)]
+            assert all(self.memory[page, 1, slot] == agent for page, slot in read)
+            total = sum(self.memory[page, 0, slot] * (i + 1) for i, (page, slot) in enumerate(read))
+            for token in (*context, *part[:-1]):
+                self._write(fork, token, agent)
+            found.append(torch.full((len(part),), float(total)))
+        for fork in forks:
+            self.pool.release(fork)
+        return found
+
     def decode(
         self, replies: Sequence[PartialReply], sampling: Sampling, *, until: int | None = None
     ) -> tuple[int, int]:
@@ -181,12 +208,16 @@ class Case:
     """Pages beyond what the longest turn needs."""
     batch_size: int
     resample: bool
+    branches: int = 0
+    """Of each agent who spoke."""
 
     def talks(self) -> list[Talk]:
         return [Talk(prompts, self.max_turns, self.message) for prompts in self.prompts]
 
     def num_pages(self) -> int:
         longest = max(max(talk.longest_views(self.limit)) for talk in self.talks())
+        if self.branches:  # the last branch shares the full pages of its view and no more
+            longest += 2 * (self.page_size + self.limit + self.message)
         return -(-longest // self.page_size) + self.spare
 
 
@@ -210,6 +241,7 @@ def cases(draw: st.DrawFn) -> Case:
         spare=draw(st.one_of(st.just(0), st.integers(0, 60))),
         batch_size=draw(st.integers(1, 12)),
         resample=draw(st.booleans()),
+        branches=draw(st.integers(0, 3)),
     )
 
 
@@ -230,7 +262,26 @@ def scheduler(case: Case, talks: list[Talk], engine: FakeEngine, **options: Any)
 def run(case: Case) -> tuple[list[Talk], FakeEngine, Statistics]:
     talks, engine = case.talks(), FakeEngine(case.num_pages(), case.page_size)
     check_conversations(talks, engine.pool, 10_000, case.limit)
-    found = scheduler(case, talks, engine, watch=lambda figures: engine.pool.check()).run()
+    asked: list[tuple[Talk, Branch]] = []
+
+    def branches(number: int, talk: Talk) -> list[Branch]:
+        """Contexts after the first, the second, ... reply of each agent."""
+        assert talks[number] is talk and talk.waiting is None
+        found = []
+        for agent, view in enumerate(talk.views):
+            if any(speaker == agent for speaker, _ in talk.said):
+                starts = range(len(talk.prompts[agent]), 0, -1)[: case.branches]
+                context = [2] * (1 + number % case.message)
+                found += [Branch(agent, fork, context, view.tokens[fork:][: case.limit]) for fork in starts]
+        asked.extend((talk, branch) for branch in found)
+        return found
+
+    options: dict[str, Any] = {"branches": branches} if case.branches else {}
+    found = scheduler(case, talks, engine, watch=lambda figures: engine.pool.check(), **options).run()
+    for talk, branch in asked:
+        seen = talk.views[branch.agent].tokens[: branch.fork]
+        assert branch.logp == (float(sum(token * (i + 1) for i, token in enumerate(seen))),) * len(branch.tokens)
+    assert found.scored_tokens == sum(branch.end - branch.fork for _, branch in asked)
     return talks, engine, found
 
 
@@ -265,6 +316,7 @@ def test_every_conversation_ends_as_it_would_alone_10_000_times(case: Case) -> N
 @settings(max_examples=60, deadline=None)
 @given(cases(), st.integers(1, 5))
 def test_what_can_never_fit_is_refused_before_any_work(case: Case, too_few: int) -> None:
+    case = replace(case, branches=0)
     talks = case.talks()
     longest = max(max(talk.longest_views(case.limit)) for talk in talks)
     num_pages = case.num_pages() - case.spare - too_few
@@ -305,17 +357,15 @@ def test_an_empty_prompt_is_refused() -> None:
         check_conversations([Talk(([2], []), 1, 1), Talk(([], []), 1, 1)], pool, 100, 4)
 
 
-@pytest.mark.parametrize("count", [1, 50])
-def test_background_work_is_done_while_few_are_playing_or_at_the_end(count: int) -> None:
-    case, done = plenty(), []
-    talks, engine = case.talks(), FakeEngine(case.num_pages(), case.page_size)
-
-    def work() -> None:
-        done.append(any(talk.waiting is not None for talk in talks))
-
-    scheduler(case, talks, engine, background=[work] * count).run()
-    assert len(done) == count
-    assert done[0], "the tail of a run is there for it"
+def test_a_branch_that_can_never_fit_is_an_error() -> None:
+    case = plenty(prompts=[([2] * 10, [3] * 10)], page_size=1)
+    talks = case.talks()
+    longest = max(max(talk.longest_views(case.limit)) for talk in talks)
+    engine = FakeEngine(longest, case.page_size)
+    branches = lambda number, talk: [Branch(0, 10, [2] * longest, [3])]  # noqa: E731
+    with pytest.raises(PagesError, match=rf"a branch of {longest + 10} tokens.* does not fit"):
+        scheduler(case, talks, engine, branches=branches).run()
+    assert engine.pool.num_used == 0
 
 
 def test_pages_are_given_back_when_a_run_is_broken_off() -> None:
