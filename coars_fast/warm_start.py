@@ -2,9 +2,9 @@
 
 A model that never saw the reply formats, or was given new tokens, learns them here, with what the training part says
 about users: conversations in which the recommender names the item that was really taken, because of the item of the
-history that is most like it, and the user agent takes it and turns others down. Some replies follow a reference, so
-that the teacher of CoARS can. A small model first learns to find items in lists. It is plain imitation: CoARS comes
-after. With `sft.popular_rate` the recommender has a fault as well, the one that pretrained models are known for: it
+history that is most like it, and the user agent takes it and turns others down; the same about single items, outside
+of a conversation. Some replies follow a reference, so that the teacher of CoARS can. A small model first learns to find
+items in lists. It is plain imitation: CoARS comes after. With `sft.popular_rate` the recommender has a fault as well, the one that pretrained models are known for: it
 names what is popular.
 """
 
@@ -18,7 +18,7 @@ from coars_fast.config import Config
 from coars_fast.data.records import Lesson, Task
 from coars_fast.data.sasrec import ItemSpace
 from coars_fast.data.tasks import TaskSource
-from coars_fast.game.episode import RECOMMENDER, USER, Episode, Reply
+from coars_fast.game.episode import RECOMMENDER, USER, Episode, Reply, judgement_prompt
 from coars_fast.game.prompts import format_judgement, format_recommendation, name_item
 from coars_fast.game.reference import branch
 from coars_fast.learn.supervised import cosine, fine_tune
@@ -106,15 +106,17 @@ class WarmStart:
         """Lessons and their agents (None: the base model alone) of every step."""
         sft = self.config.sft
         for step in range(sft.num_steps):
-            rng = np.random.default_rng([self.config.seed, 77, step])
+            rng, single = (np.random.default_rng([self.config.seed, stream, step]) for stream in (77, 78))
             if step < sft.finding_steps:
                 yield [self.finding(rng, self.longest) for _ in range(sft.batch_size)], None
                 continue
+            tasks = self.tasks.warm_start_tasks(step, sft.batch_size)
             pairs = [
                 pair
-                for task in self.tasks.warm_start_tasks(step, sft.batch_size)
+                for task in tasks
                 for pair in conversation(self.new_episode(task), self.space, rng, self._popular_choice(task, rng))
             ]
+            pairs += [(USER, judging(self.new_episode(task), single)) for task in tasks]
             if sft.trainable == "adapters":
                 yield [lesson for _, lesson in pairs], [agent for agent, _ in pairs]
                 continue
@@ -200,6 +202,24 @@ def conversation(
         return [(agent, _after_reference(episode, agent)) for agent in (RECOMMENDER, USER)]
     learned = {RECOMMENDER: [learn for *_, learn in shown], USER: [True] * len(shown)}
     return [(agent, _view_lesson(episode, agent, learned[agent])) for agent in (RECOMMENDER, USER)]
+
+
+def judging(episode: Episode, rng: np.random.Generator) -> Lesson:
+    """The user agent about one item outside of a conversation, as F1-disc asks: the truth as often as another candidate.
+
+    Args:
+        episode: fresh, with the truth and others among its candidates.
+        rng: draws the item and the reply.
+    """
+    task, right = episode.task, bool(rng.random() < 0.5)
+    others = [i for i, item in enumerate(task.candidates) if item != task.target]
+    choice = task.candidates.index(task.target) if right else int(rng.choice(others))
+    prompt = judgement_prompt(
+        task.history, task.candidates[choice], episode.titles, task.peer_counts[choice], task.num_peers, episode.codec,
+        episode.template, episode.config,
+    )  # fmt: skip
+    reply = _reply(episode, judgement_text(right, rng)).ids
+    return Lesson(tokens=[*prompt, *reply], is_answer=[False] * len(prompt) + [True] * len(reply))
 
 
 def judgement_text(right: bool, rng: np.random.Generator) -> str:

@@ -279,15 +279,30 @@ def test_lists_come_first_and_some_stay_among_the_conversations(
     mixed = []
     for kind, (lessons, agents) in zip(kinds, batches, strict=True):
         talk = 0 if kind == "lists" else 16  # both agents' views of eight conversations
+        single = talk // 2  # and as many single items to judge
         lists = {"lists": 8, "both": 2, "talk": 0}[kind]
-        assert [is_list(lesson) for lesson in lessons] == [False] * talk + [True] * lists
-        mixed += [len(parts(lesson)[1]) for lesson in lessons[talk:] if kind == "both"]
-        opened = [text(lesson).startswith(GREETING) for lesson in lessons[:talk]]
-        assert opened == [True, False] * (talk // 2)
-        assert agents == ([RECOMMENDER, USER] * 8 if trainable == "adapters" else None)
+        assert [is_list(lesson) for lesson in lessons] == [False] * (talk + single) + [True] * lists
+        mixed += [len(parts(lesson)[1]) for lesson in lessons[talk + single :] if kind == "both"]
+        opened = [text(lesson).startswith(GREETING) for lesson in lessons[: talk + single]]
+        assert opened == [True, False] * (talk // 2) + [False] * single
+        assert agents == ([RECOMMENDER, USER] * 8 + [USER] * 8 if trainable == "adapters" else None)
     assert not mixed or max(mixed) > teaching.longest == 3, "lists among conversations are of any length"
     texts = {tuple(text(lesson) for lesson in lessons) for lessons, _ in batches}
     assert len(texts) == num_steps, "every step has lessons of its own"
+
+
+def test_single_items_are_judged_as_the_discrimination_test_asks() -> None:
+    rng, rights = np.random.default_rng(5), 0
+    for n in range(60):
+        episode = tiny.new_episode(n)
+        lesson, task = warm_start.judging(episode, rng), episode.task
+        words = text(lesson)
+        right = "Action: click" in words
+        asked = [item for item in task.candidates if f"Reason: try this.\nItem: {episode.titles[item]}" in words]
+        assert asked and (asked == [task.target]) == right
+        assert learned(lesson).startswith("Reason: that is what" if right else "Reason: not what")
+        rights += right
+    assert 20 < rights < 40
 
 
 def test_batches_are_the_same_in_every_run_of_a_seed() -> None:
