@@ -23,8 +23,8 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 import tyro
 
-from coars_fast import config as config_module
 from coars_fast.config import Config
+from coars_fast.config_checks import check
 from coars_fast.errors import CoarsError, ConfigError
 
 PRESETS = Path(__file__).parent / "presets"
@@ -38,7 +38,7 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     """The checked configuration of `python -m coars_fast.train` from `argv` (default: the process's arguments).
 
     Exits with 0 after `--help` and with 2 at a flag that does not exist or does not parse, as tyro does. Raises
-    :class:`ConfigError` for an unknown preset, a malformed one, or settings that `coars_fast.config.check` refuses.
+    :class:`ConfigError` for an unknown preset, a malformed one, or settings that `config_checks.check` refuses.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = _flag_value(arguments, "--preset") or Config.preset
@@ -46,7 +46,7 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     listing = "\n".join(f"- {preset}: {summary}" for preset, summary in presets().items())
     description = f"{_fold(Config.__doc__ or '')}\n\nPresets:\n{listing}"
     config = parse(Config, arguments, "python -m coars_fast.train", description, default=start)
-    config_module.check(config)
+    check(config)
     return config
 
 

@@ -19,7 +19,8 @@ import tyro
 
 from coars_fast import cli
 from coars_fast.build import Parts, build
-from coars_fast.config import Config, check
+from coars_fast.config import Config
+from coars_fast.config_checks import check
 from coars_fast.data.records import DiscriminationTask
 from coars_fast.errors import RunFolderError
 from coars_fast.game.episode import USER, Episode, Reply, judgement_prompt

@@ -2,10 +2,10 @@
 
 A model that never saw the reply formats, or was given new tokens, learns them here, with what the training part says
 about users: conversations in which the recommender names the item that was really taken, because of the item of the
-history that is most like it, and the user agent takes it and turns others down; the same about single items, outside
-of a conversation. Some replies follow a reference, so that the teacher of CoARS can. A small model first learns to find
-items in lists. It is plain imitation: CoARS comes after. With `sft.popular_rate` the recommender has a fault as well, the one that pretrained models are known for: it
-names what is popular.
+history that is most like it, and the user agent takes it and turns others down; the same about single items, outside of
+a conversation. Some replies follow a reference, so that the teacher of CoARS can. A small model first learns to find
+items in lists. It is plain imitation: CoARS comes after. With `sft.popular_rate` the recommender has a fault as well,
+the one that pretrained models are known for: it names what is popular.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def conversation(
 
 
 def judging(episode: Episode, rng: np.random.Generator) -> Lesson:
-    """The user agent about one item outside of a conversation, as F1-disc asks: the truth as often as another candidate.
+    """The user agent about one item outside of a conversation, as F1-disc asks: the truth, or another candidate.
 
     Args:
         episode: fresh, with the truth and others among its candidates.

@@ -19,7 +19,8 @@ from typing import Any, Literal
 import tyro
 
 from coars_fast import cli
-from coars_fast.config import Config, DataConfig, SASRecConfig, check
+from coars_fast.config import Config, DataConfig, SASRecConfig
+from coars_fast.config_checks import check
 from coars_fast.data.download import fetch, fetch_md5, unpack
 from coars_fast.data.public import PUBLIC, PublicSet
 from coars_fast.errors import ConfigError

@@ -32,7 +32,8 @@ from pathlib import Path
 from typing import Any
 
 from coars_fast import cli
-from coars_fast.config import Config, check
+from coars_fast.config import Config
+from coars_fast.config_checks import check
 from coars_fast.errors import ConfigError
 
 TOP_LEVEL = ("extends", "seeds", "compare", "curves", "base", "per_seed", "datasets", "variants")

@@ -7,7 +7,8 @@ from typing import get_args, get_type_hints
 import pytest
 
 from coars_fast import cli
-from coars_fast.config import Config, SFTConfig, check
+from coars_fast.config import Config, SFTConfig
+from coars_fast.config_checks import check
 from coars_fast.errors import CoarsError, ConfigError
 
 

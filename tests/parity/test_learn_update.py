@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from coars_fast.config import check
+from coars_fast.config_checks import check
 from coars_fast.data.records import Trajectory
 from coars_fast.errors import ConfigError, NonFiniteError, RunFolderError
 from coars_fast.learn.packing import pack, split

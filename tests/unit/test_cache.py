@@ -13,7 +13,8 @@ import torch
 from coars_fast import build as build_module
 from coars_fast import cache, train
 from coars_fast.build import build
-from coars_fast.config import Config, SFTConfig, check
+from coars_fast.config import Config, SFTConfig
+from coars_fast.config_checks import check
 from coars_fast.errors import ConfigError
 from coars_fast.progress import Screen
 from tests import tiny

@@ -11,7 +11,8 @@ import typing
 import pytest
 
 from coars_fast import cli
-from coars_fast.config import Config, TrainConfig, check
+from coars_fast.config import Config, TrainConfig
+from coars_fast.config_checks import check
 from coars_fast.errors import ConfigError, RunFolderError
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from coars_fast.config import Config, GameConfig, LossConfig, TrainConfig, check
+from coars_fast.config import Config, GameConfig, LossConfig, TrainConfig
+from coars_fast.config_checks import check
 from coars_fast.errors import ConfigError
 from coars_fast.game.episode import RECOMMENDER, USER, Episode, judgement_prompt
 from coars_fast.game.reference import branch, diagnosis_prompts, reference_text, write_reference

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from coars_fast.config import Config, GameConfig, LossConfig, check
+from coars_fast.config import Config, GameConfig, LossConfig
+from coars_fast.config_checks import check
 from coars_fast.errors import ConfigError
 from coars_fast.game.prompts import Judgement
 from coars_fast.game.rewards import (

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from coars_fast.config import Config, LossConfig, check
+from coars_fast.config import Config, LossConfig
+from coars_fast.config_checks import check
 from coars_fast.errors import ConfigError
 from coars_fast.learn.credit import TokenCredits, agent_means, credit_by_kind, credit_of, gather
 from coars_fast.learn.packing import pack

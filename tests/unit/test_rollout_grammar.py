@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from coars_fast.config import GameConfig, check
+from coars_fast.config import GameConfig
+from coars_fast.config_checks import check
 from coars_fast.errors import ConfigError
 from coars_fast.game.episode import Episode
 from coars_fast.game.prompts import parse_judgement, parse_recommendation

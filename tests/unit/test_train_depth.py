@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from coars_fast.config import Config, GameConfig, TrainConfig, check
+from coars_fast.config import Config, GameConfig, TrainConfig
+from coars_fast.config_checks import check
 from coars_fast.errors import ConfigError
 from coars_fast.game.episode import Episode
 from coars_fast.train import episode_depth
