@@ -18,7 +18,7 @@ import numpy as np
 import tyro
 
 from coars_fast import cli
-from coars_fast.build import Parts, build
+from coars_fast.build import Parts
 from coars_fast.config import Config
 from coars_fast.config_checks import check
 from coars_fast.data.records import DiscriminationTask
@@ -38,8 +38,8 @@ from coars_fast.game.metrics import (
 )
 from coars_fast.game.prompts import Judgement, parse_judgement
 from coars_fast.memory import fresh_episodes
-from coars_fast.model.lora import load_peft
 from coars_fast.progress import Screen
+from coars_fast.resume import load_run
 from coars_fast.rollout.grammar import judgement_endings, reply_grammar
 from coars_fast.rollout.play import ask, play
 from coars_fast.state.files import atomic_write_text, json_text, read_json
@@ -232,13 +232,7 @@ def evaluate_run(options: EvaluateConfig) -> Path:
         config = replace(config, rollout=replace(config.rollout, constrained=True))
         changes["constrained"] = True
     screen = Screen()
-    is_trained = (folder / "adapters").is_dir()
-    parts = build(config, folder, screen, adapters_follow=is_trained)
-    if is_trained:
-        for agent, name in enumerate(("recommender", "user")):
-            load_peft(parts.decoder, agent, folder / "adapters" / name)
-    else:
-        screen.say(f"{folder}: no adapters were saved yet; this is the model before training")
+    parts = load_run(config, folder, screen)
     with screen.bar("evaluation", 100) as advance:
         found = evaluate(parts, progress=lambda part, done, of: advance(100 * done // of, part))
     figures = found.metrics(config)

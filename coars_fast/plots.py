@@ -201,6 +201,39 @@ PANELS: tuple[tuple[str, Lines, Lines], ...] = (
 )
 
 
+def credit_histograms(credit: Mapping[tuple[str, str, str], Any], path: Path) -> Path:
+    """Draw where the credit of tokens lies, a panel for each agent and kind of token.
+
+    Args:
+        credit: (agent, outcome, kind) -> credit of each such token.
+        path: of the PNG file.
+    """
+    agents, kinds = (list(dict.fromkeys(key[i] for key in credit)) for i in (0, 2))
+    most = max((float(abs(values).max()) for values in credit.values() if len(values)), default=1.0) or 1.0
+    colors = {"right": GREEN, "wrong": RED, "unreadable": SKY}
+    with plt.rc_context(STYLE):
+        figure, grid = plt.subplots(
+            len(agents), len(kinds), figsize=(4.6 * len(kinds), 3.0 * len(agents)), squeeze=False, layout="constrained"
+        )
+        for row, agent in zip(grid, agents, strict=True):
+            for axes, kind in zip(row, kinds, strict=True):
+                axes.set_title(f"{agent}: {kind}")
+                axes.set_xlabel("credit, teacher minus student (nats)")
+                axes.set_ylabel("share of tokens")
+                for (who, outcome, what), values in credit.items():
+                    if (who, what) == (agent, kind) and len(values):
+                        weights = [1 / len(values)] * len(values)
+                        axes.hist(
+                            values, bins=41, range=(-most, most), weights=weights, histtype="step", linewidth=1.6,
+                            color=colors.get(outcome, BLUE), label=f"{outcome} replies ({len(values):,} tokens)",
+                        )  # fmt: skip
+                axes.set_yscale("log")
+                axes.set_ylim(top=60)  # the legend stands above the bar at 0
+                if axes.get_legend_handles_labels()[0]:
+                    axes.legend(loc="upper left")
+        return _save(figure, path)
+
+
 def _has_data(panel: tuple[str, Lines, Lines], train: Sequence[Record], evaluated: Sequence[Record]) -> bool:
     _, curves, points = panel
     return any(_series(train, name)[0] for name, _, _ in curves) or any(

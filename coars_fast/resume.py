@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from coars_fast.config import Config
 from coars_fast.errors import ConfigError, RunFolderError
-from coars_fast.model.lora import adapter_state, load_adapter_state, save_peft
+from coars_fast.model.lora import adapter_state, load_adapter_state, load_peft, save_peft
 from coars_fast.state.checkpoint import (
     find_checkpoint,
     load_checkpoint,
@@ -25,6 +25,7 @@ from coars_fast.state.checkpoint import (
 if TYPE_CHECKING:
     from coars_fast.build import Parts
     from coars_fast.learn.step import Learner
+    from coars_fast.progress import Screen
     from coars_fast.state.run_folder import RunFolder
 
 AGENTS = ("recommender", "user")
@@ -92,6 +93,20 @@ def save(run: RunFolder, learner: Learner, parts: Parts, step: int) -> None:
     save_checkpoint(run.path, step, state, {"seed": parts.config.seed}, keep=parts.config.checkpoint.keep)
     for agent, name in enumerate(AGENTS):
         save_peft(learner.decoder, agent, run.path / "adapters" / name, parts.base)
+
+
+def load_run(config: Config, folder: Path, screen: Screen) -> Parts:
+    """Everything of a run with the adapters that it saved last; before the first, it is the model before training."""
+    from coars_fast.build import build
+
+    is_trained = (folder / "adapters").is_dir()
+    parts = build(config, folder, screen, adapters_follow=is_trained)
+    if is_trained:
+        for agent, name in enumerate(AGENTS):
+            load_peft(parts.decoder, agent, folder / "adapters" / name)
+    else:
+        screen.say(f"{folder}: no adapters were saved yet; this is the model before training")
+    return parts
 
 
 def _named_checkpoint(config: Config) -> Path | None:
