@@ -1,9 +1,11 @@
-"""Both agents' adapters on one batch of mixed rows, forward and backward: against the ways in which it is usually done.
+"""Both agents' adapters on one batch of mixed rows: against the ways in which it is usually done.
 
     python -m pytest bench/test_agent_lora.py
 
-The floor is six bare `torch.mm` of one adapter's rank on all rows: what one agent alone would cost. Left out: grouped
-matrix products, which torch has for 16 bits on a GPU only.
+Forward and backward the floor is six bare `torch.mm` of one adapter's rank on all rows: what one agent alone would
+cost. Few rows are measured without gradients too, as in decoding: there a GPU takes the Triton kernels, the library's
+two products stand beside them, and the floor is reading both adapters' factors once. Left out: grouped matrix products,
+which torch has for 16 bits on a GPU only.
 """
 
 from __future__ import annotations
@@ -27,6 +29,12 @@ SIZES = {
     "h100": ((64, 3584, 32), (2048, 3584, 32), (16384, 3584, 32)),
 }
 """Rows, width, rank."""
+FEW = {
+    "smoke": ((16, 96, 8),),
+    "cpu": ((16, 512, 16),),
+    "h100": ((8, 3584, 32), (64, 3584, 32), (128, 3584, 32)),
+}
+"""Likewise, without gradients."""
 SCALE = 2.0
 
 
@@ -80,6 +88,30 @@ def prepared(case: Mixed) -> Result:
     return lora_run(lambda x, a, b, _, scale: agent_lora(x, a, b, case.rows, scale))(case)
 
 
+@torch.no_grad()
+def few_rows(case: Mixed) -> Result:
+    """As a decoding step calls it."""
+    if case.rows is None:
+        case.rows = AgentRows(case.agents, case.a.shape[0])
+    return {"out": agent_lora(case.x, case.a, case.b, case.rows, SCALE)}
+
+
+def few_rows_by_products(case: Mixed) -> Result:
+    """Where gradients are possible, though none is asked for, it is the library's products."""
+    if case.rows is None:
+        case.rows = AgentRows(case.agents, case.a.shape[0])
+    with torch.enable_grad():
+        return {"out": agent_lora(case.x.detach(), case.a.detach(), case.b.detach(), case.rows, SCALE)}
+
+
+def without_gradients(function: Lora) -> Callable[[Mixed], Result]:
+    @torch.no_grad()
+    def run(case: Mixed) -> Result:
+        return {"out": function(case.x, case.a, case.b, case.agents, SCALE)}
+
+    return run
+
+
 def rows_by_agent(x: Tensor, a: Tensor, b: Tensor, agents: Tensor, scale: float) -> Tensor:
     """Pick each agent's rows, as PEFT does for mixed batches: waits for the GPU to count them."""
     out = torch.zeros(x.shape[0], b.shape[1], dtype=x.dtype, device=x.device)
@@ -115,7 +147,40 @@ def expected(case: Mixed, _: Result) -> dict[str, tuple[Tensor | None, Tensor]]:
     return {name: (None, value) for name, value in lora_run(agent_lora_reference)(exact).items()}
 
 
+def expected_of_few(case: Mixed, _: Result) -> dict[str, tuple[Tensor | None, Tensor]]:
+    wide = (tensor.detach().double() for tensor in (case.x, case.a, case.b))
+    return {"out": (None, agent_lora_reference(*wide, case.agents, SCALE))}
+
+
+def cases_of_few(preset: Preset) -> list[Case]:
+    """Without gradients."""
+    dtype, version = getattr(torch, preset.dtype), f"coars_kernels {__version__}"
+    found = []
+    for rows, width, rank in FEW[preset.name]:
+        variants = [
+            Variant("agent_lora, rows prepared", few_rows, "ours", version),
+            Variant("one adapter after the other, masked", without_gradients(agent_lora_reference)),
+            Variant("rows picked by agent (as PEFT)", without_gradients(rows_by_agent)),
+            Variant("factors gathered by row", without_gradients(weights_by_row)),
+        ]
+        if DEVICE == "cuda":
+            variants.insert(1, Variant("two products of the library", few_rows_by_products, "ours", version))
+        case = Case(
+            op="agent_lora", name="few rows, no gradients", shape={"N": rows, "D": width, "r": rank}, dtype=dtype,
+            device=DEVICE, inputs=make_mixed(rows, width, rank, dtype), variants=variants, expected=expected_of_few,
+            num_bytes=(4.0 * width * rank + 2.0 * rows * width) * dtype.itemsize, flops=4.0 * rows * width * rank,
+            rounds=3 * preset.rounds, allowed=(1e-2, 1e-2) if dtype.itemsize == 2 else None,
+        )  # fmt: skip
+        found.append(case)
+    return found
+
+
 def cases(preset: Preset) -> list[Case]:
+    return [*cases_of_steps(preset), *cases_of_few(preset)]
+
+
+def cases_of_steps(preset: Preset) -> list[Case]:
+    """Forward and backward."""
     dtype = getattr(torch, preset.dtype)
     compile_absent = "" if preset.compile_everywhere else "left out here: compiling takes longer than the preset allows"
     found = []

@@ -2,9 +2,10 @@
 
     python -m pytest bench/test_sample_with_logprob.py
 
-The floor is memory traffic: the logits read once, at the bandwidth of a copy in the same run. Rivals draw from the
-device's own generator, so their tokens depend on the batch; each variant's log-probs are checked for its own tokens.
-Left out: filters (top-k, top-p), which training must not use.
+On a GPU ours is the Triton kernels, and the plain torch that a CPU takes stands beside them. The floor is memory
+traffic: the logits read once, at the bandwidth of a copy in the same run. Rivals draw from the device's own generator,
+so their tokens depend on the batch; each variant's log-probs are checked for its own tokens. Left out: filters (top-k,
+top-p), which training must not use.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from bench import rivals
 from bench.harness import Case, Result, Variant
 from bench.presets import Preset
 from coars_kernels import __version__, sample_with_logprob
+from coars_kernels.sample_with_logprob.torch_sample import sample_with_logprob_torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = {
     "smoke": ((16, 4096),),
     "cpu": ((16, 32000), (64, 32000), (128, 32000), (64, 4000), (64, 8000)),
-    "h100": ((64, 152064), (256, 152064)),
+    "h100": ((1, 152064), (8, 152064), (64, 152064), (256, 152064)),
 }
 
 
@@ -46,9 +48,12 @@ def make_logits(batch: int, vocab: int, dtype: torch.dtype) -> Callable[[int], L
     return make
 
 
-def ours(case: Logits) -> Result:
-    token, logp = sample_with_logprob(case.logits, seed=1, sequence_id=case.sequence, position=case.position)
-    return {"logp": logp, "token": token}
+def ours(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[Logits], Result]:
+    def run(case: Logits) -> Result:
+        token, logp = function(case.logits, seed=1, sequence_id=case.sequence, position=case.position)
+        return {"logp": logp, "token": token}
+
+    return run
 
 
 @torch.no_grad()
@@ -91,7 +96,7 @@ def cases(preset: Preset) -> list[Case]:
     found = []
     for batch, vocab in SIZES[preset.name]:
         variants = [
-            Variant("sample_with_logprob", ours, "ours", f"coars_kernels {__version__}"),
+            Variant("sample_with_logprob", ours(sample_with_logprob), "ours", f"coars_kernels {__version__}"),
             Variant("multinomial and log_softmax", multinomial),
             Variant("exponential race and log_softmax", lambda case: race(exponential_race, case)),
             Variant("Gumbel noise and cross_entropy", gumbel),
@@ -101,6 +106,9 @@ def cases(preset: Preset) -> list[Case]:
                 absent=absent,
             ),
         ]
+        if DEVICE == "cuda":
+            plain = ours(sample_with_logprob_torch)
+            variants.insert(1, Variant("the same in plain torch", plain, "ours", f"coars_kernels {__version__}"))
         case = Case(
             op="sample_with_logprob", name="one token a row", shape={"B": batch, "V": vocab}, dtype=dtype,
             device=DEVICE, inputs=make_logits(batch, vocab, dtype), variants=variants, expected=expected,

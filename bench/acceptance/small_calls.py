@@ -15,11 +15,14 @@ from torch import Tensor
 
 from coars_kernels import (
     PrefixGroups,
+    agent_lora,
+    branch_attention,
     credit_policy_loss,
     fused_credit_loss,
     linear_logprob,
     paged_decode_attention,
     paged_prefill_attention,
+    sample_with_logprob,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -105,6 +108,41 @@ def paged(dtype: torch.dtype, *, prefill: bool, grouped: bool = False) -> Call:
     return call
 
 
+def branches(dtype: torch.dtype) -> Call:
+    """Branches of many, one and no tokens, one of them without a trunk."""
+
+    def call() -> Tensor:
+        q = torch.randn(71, 6, 40, device=DEVICE).to(dtype)
+        own, trunk = (torch.randn(2, rows, 2, 40, device=DEVICE).to(dtype) for rows in (71, 133))
+        numbers = ([0, 70, 70, 71], [0, 0, 100], [99, 133, 0])
+        return branch_attention(q, *own, *trunk, *(torch.tensor(n, device=DEVICE).int() for n in numbers))
+
+    return call
+
+
+def sample(dtype: torch.dtype, temperature: float) -> Call:
+    """A last slab that is nearly empty."""
+
+    def call() -> Tensor:
+        logits, ids = torch.randn(7, 3 * 1024 + 1, device=DEVICE).to(dtype), torch.arange(7, device=DEVICE)
+        token, logp = sample_with_logprob(logits, seed=1, sequence_id=ids, position=ids, temperature=temperature)
+        return logp + token
+
+    return call
+
+
+def adapters(dtype: torch.dtype) -> Call:
+    """Rows of two agents and of none."""
+
+    def call() -> Tensor:
+        x, a, b = torch.randn(37, 301, device=DEVICE), torch.randn(2, 5, 301), torch.randn(2, 203, 5)
+        ids = torch.arange(37, device=DEVICE) % 3 - 1
+        with torch.no_grad():
+            return agent_lora(x.to(dtype), a.to(DEVICE, dtype), b.to(DEVICE, dtype), ids, 2.0)
+
+    return call
+
+
 def calls() -> dict[str, Call]:
     """By name."""
     paths = ("library", "fused") if DEVICE == "cuda" else ("auto",)
@@ -115,6 +153,9 @@ def calls() -> dict[str, Call]:
     for dtype in dtypes:
         found |= {f"paged {what}, {dtype}": paged(dtype, prefill=what == "prefill") for what in ("decode", "prefill")}
         found[f"paged decode with groups, {dtype}"] = paged(dtype, prefill=False, grouped=True)
+        found[f"branches, {dtype}"] = branches(dtype)
+        found |= {f"sample, {dtype}, temperature {heat}": sample(dtype, heat) for heat in (0.0, 0.7)}
+        found[f"adapters of few rows, {dtype}"] = adapters(dtype)
     return found
 
 

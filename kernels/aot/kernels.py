@@ -14,12 +14,14 @@ from itertools import product
 from typing import Any
 
 from aot.compile import Compiled, compile_kernel
+from coars_kernels.agent_lora import triton_lora
 from coars_kernels.branch_attention import triton_branch
 from coars_kernels.credit_policy_loss import triton_credit
 from coars_kernels.credit_policy_loss.reference import OBJECTIVES
 from coars_kernels.linear_logprob import triton_fused, triton_rows
 from coars_kernels.paged_decode_attention import triton_paged
 from coars_kernels.paged_prefill_attention import triton_prefill
+from coars_kernels.sample_with_logprob import triton_sample
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,8 @@ def head_fused() -> list[ShippedKernel]:
     kernels = []
     for dtype in ("bf16", "fp16", "fp32"):
         for name, variant in variants.items():
-            kernels += _head_fused(f"head_fused_{dtype}_{name}", dtype, **variant)
+            if dtype != "fp16" or name == "pair":  # the only call in fp16 that a step makes
+                kernels += _head_fused(f"head_fused_{dtype}_{name}", dtype, **variant)
     # the teacher's rows; the student's without a gradient, with one, and with the entropy too
     finishes = {"": (), "_logp": ("others_share", "inverse"), "_masses": ("rounded", "others_share", "inverse")}
     finishes["_full"] = (*finishes["_masses"], "weighted", "entropy")
@@ -172,10 +175,9 @@ def _head_fused(name: str, dtype: str, *, teacher: bool, mass: bool, full: bool)
         "BLOCK_HIDDEN": triton_fused.REPAIR_HIDDEN,
     }
     anchor = operands | {"BLOCK": triton_fused.ANCHOR_BLOCK}
-    kernels = [
-        ShippedKernel(f"{name}_anchor", triton_fused.anchor_kernel, anchor, triton_fused.ANCHOR_WARPS),
-        ShippedKernel(f"{name}_repair", triton_fused.repair_kernel, sweep | repair, triton_fused.REPAIR_WARPS),
-    ]
+    kernels = [ShippedKernel(f"{name}_repair", triton_fused.repair_kernel, sweep | repair, triton_fused.REPAIR_WARPS)]
+    if mass:  # without masses it is the same
+        kernels.append(ShippedKernel(f"{name}_anchor", triton_fused.anchor_kernel, anchor, triton_fused.ANCHOR_WARPS))
     for (capability, size), config in triton_fused.CONFIGS.items():
         if size != (4 if dtype == "fp32" else 2):
             continue
@@ -354,6 +356,72 @@ def branch_attention() -> list[ShippedKernel]:
     return kernels
 
 
+def sampling() -> list[ShippedKernel]:
+    """Sampling from logits as the engine makes them (fp32), with a seed that a graph follows or not, and in bf16; and
+    the most likely token."""
+    kernels = []
+    for dtype, name in (("fp32", "graph"), ("fp32", "slabs"), ("fp32", "greedy"), ("bf16", "slabs")):
+        arguments = {
+            "sums": "*fp32:16",
+            "places": "*i32:16",
+            "logits": f"*{dtype}:16",
+            **dict.fromkeys(("sequence_id", "position"), "*i64:16"),
+            "seed": "*i64:16" if name == "graph" else None,
+            **dict.fromkeys(("num_slabs", "start_0", "start_1"), "i32"),
+            **dict.fromkeys(("vocab_size", "logits_stride"), "i32:16"),
+            "inverse_temperature": "fp32",
+            "GREEDY": name == "greedy",
+            "BLOCK": triton_sample.SLAB,
+        }
+        kernel, warps = triton_sample.slab_kernel, triton_sample.SLAB_WARPS
+        kernels.append(ShippedKernel(f"sample_{name}_{dtype}", kernel, arguments, warps))
+    merge = {
+        "token": "*i64:16",
+        "logp": "*fp32:16",
+        "sums": "*fp32:16",
+        "places": "*i32:16",
+        "num_slabs": "i32",
+        "BLOCK": triton_sample.MERGE_SLABS,
+    }
+    return [*kernels, ShippedKernel("sample_merge", triton_sample.merge_kernel, merge, triton_sample.MERGE_WARPS)]
+
+
+def agent_lora() -> list[ShippedKernel]:
+    """Few rows through adapters of the presets' ranks."""
+    kernels, options = [], (triton_lora.NUM_WARPS, triton_lora.NUM_STAGES)
+    for rank in (16, 32):
+        shared = {
+            "partial": "*fp32:16",
+            "agent_ids": "*i64:16",
+            **dict.fromkeys(("num_rows", "num_agents"), "i32"),
+            "RANK": rank,
+            "BLOCK_RANK": rank,
+            "BLOCK_ROWS": triton_lora.BLOCK_ROWS,
+        }
+        first = {
+            **dict.fromkeys(("x", "a"), "*bf16:16"),
+            **dict.fromkeys(("in_features", "x_stride", "split_size"), "i32:16"),
+            "BLOCK_IN": triton_lora.STEP_BYTES // 2,
+        }
+        second = {
+            **dict.fromkeys(("out", "b"), "*bf16:16"),
+            "scale": "fp32",
+            "num_splits": "i32",
+            "out_features": "i32:16",
+            "BLOCK_OUT": triton_lora.OUT_BYTES // 2,
+        }
+        kernels += [
+            ShippedKernel(f"lora_first_bf16_{rank}", triton_lora.first_kernel, shared | first, *options),
+            ShippedKernel(f"lora_second_bf16_{rank}", triton_lora.second_kernel, shared | second, *options),
+        ]
+    return kernels
+
+
+OPERATIONS = (
+    head_rows, head_fused, credit_policy_loss, paged_attention, branch_attention, sampling, agent_lora,
+)  # fmt: skip
+
+
 def shipped() -> list[ShippedKernel]:
     """Every kernel that is compiled ahead of time."""
-    return [*head_rows(), *head_fused(), *credit_policy_loss(), *paged_attention(), *branch_attention()]
+    return [kernel for operation in OPERATIONS for kernel in operation()]

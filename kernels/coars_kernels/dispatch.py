@@ -1,8 +1,10 @@
-"""Which tensors the Triton kernels serve. Triton is never imported before such a tensor comes along."""
+"""Which tensors the Triton kernels serve, and how large their GPU is. Triton is never imported before such a tensor
+comes along."""
 
 import importlib.util
 from functools import cache
 
+import torch
 from torch import Tensor
 
 
@@ -15,3 +17,9 @@ def has_triton(tensor: Tensor) -> bool:
     """Whether Triton kernels can run on `tensor`: it is on a CUDA device and Triton is installed (as it is with torch's
     CUDA wheels for Linux). Elsewhere the plain-torch path runs."""
     return tensor.is_cuda and _installed()
+
+
+@cache
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 3 in the interpreter, so that a program there sees several tiles."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from coars_kernels.agent_lora.op import LARGEST_ROWS
 from coars_kernels.aot_library import VARIABLE, Library
 from coars_kernels.dispatch import has_triton
 from coars_kernels.linear_logprob.sweep import choose_path
@@ -159,51 +160,50 @@ def _head(operation: str) -> tuple[str, str]:
     return value, "; ".join(reasons[way] for way in dict.fromkeys(ways.values()))
 
 
-def _credit() -> tuple[str, str]:
+def _kernels(on_gpu: str, elsewhere: str) -> tuple[str, str]:
+    """The way of an operation whose kernels run wherever Triton does."""
     if not torch.cuda.is_available():
-        return "plain torch", f"{_no_cuda()}; blocks of turns that stay in the cache"
+        return "plain torch", f"{_no_cuda()}; {elsewhere}"
     if not has_triton(torch.empty(1, device="cuda")):
-        return "plain torch", "Triton is not installed; blocks of turns that stay in the cache"
-    return "Triton", "three or four small kernels; float64 log-probs take plain torch"
-
-
-def _paged(on_gpu: str) -> tuple[str, str]:
-    gathered = "pages gathered, then scaled_dot_product_attention"
-    if not torch.cuda.is_available():
-        return "plain torch", f"{_no_cuda()}; {gathered}"
-    if not has_triton(torch.empty(1, device="cuda")):
-        return "plain torch", f"Triton is not installed; {gathered}"
-    return "Triton", f"{on_gpu}; keys stay in their pages"
-
-
-def _branches() -> tuple[str, str]:
-    by_branch = "a call of scaled_dot_product_attention per branch"
-    if not torch.cuda.is_available():
-        return "plain torch", f"{_no_cuda()}; {by_branch}"
-    if not has_triton(torch.empty(1, device="cuda")):
-        return "plain torch", f"Triton is not installed; {by_branch}"
-    return "Triton", "one launch; the trunk's keys stay where they are; float64 takes plain torch"
+        return "plain torch", f"Triton is not installed; {elsewhere}"
+    return "Triton", on_gpu
 
 
 def _everywhere_torch(reason: str) -> tuple[str, str]:
     return "plain torch", reason
 
 
+def _credit() -> tuple[str, str]:
+    kernels = "three or four small kernels; float64 log-probs take plain torch"
+    return _kernels(kernels, "blocks of turns that stay in the cache")
+
+
 def _both() -> tuple[str, str]:
     return f"{_head('the head')[0]} + {_credit()[0]}", "paired_linear_logprob, then credit_policy_loss"
 
 
+PAGES = "pages gathered, then scaled_dot_product_attention"
 OPERATIONS: dict[str, Callable[[], tuple[str, str]]] = {
     "linear_logprob": lambda: _head("the head"),
     "paired_linear_logprob": lambda: _head("student and teacher"),
     "credit_policy_loss": _credit,
     "fused_credit_loss": _both,
     "fused_linear_divergence": lambda: _everywhere_torch("on every device: products of the library by chunks of rows"),
-    "sample_with_logprob": lambda: _everywhere_torch("on every device: noise by counter and an argmax, no kernel yet"),
-    "paged_decode_attention": lambda: _paged("one to three launches, with splits merged by log-sum-exp"),
-    "paged_prefill_attention": lambda: _paged("one launch"),
-    "branch_attention": _branches,
-    "agent_lora": lambda: _everywhere_torch("on every device: two dense products of the library, four launches"),
+    "sample_with_logprob": lambda: _kernels(
+        "two launches that read the logits once", "noise by counter and an argmax, in blocks of rows"
+    ),
+    "paged_decode_attention": lambda: _kernels(
+        "one to three launches, with splits merged by log-sum-exp; keys stay in their pages", PAGES
+    ),
+    "paged_prefill_attention": lambda: _kernels("one launch; keys stay in their pages", PAGES),
+    "branch_attention": lambda: _kernels(
+        "one launch; the trunk's keys stay where they are; float64 takes plain torch",
+        "a call of scaled_dot_product_attention per branch",
+    ),
+    "agent_lora": lambda: _kernels(
+        f"two launches for up to {LARGEST_ROWS} rows without gradients, else two dense products of the library",
+        "two dense products of the library",
+    ),
 }
 
 

@@ -15,12 +15,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from coars_kernels import aot_library
+from coars_kernels.agent_lora.triton_lora import agent_lora_triton
 from coars_kernels.branch_attention.triton_branch import BRANCH_TILES, branch_attention_triton
 from coars_kernels.credit_policy_loss.triton_credit import credit_policy_loss_triton
 from coars_kernels.linear_logprob.triton_fused import CONFIGS, fused_masses
 from coars_kernels.linear_logprob.triton_rows import jacobian_rows, row_masses
 from coars_kernels.paged_decode_attention.triton_paged import DECODE_TILES, PREFIX_TILES, paged_decode_triton
 from coars_kernels.paged_prefill_attention.triton_prefill import PREFILL_TILES, paged_prefill_triton
+from coars_kernels.sample_with_logprob.triton_sample import sample_with_logprob_triton
 
 launched: list[str] = []
 
@@ -115,6 +117,18 @@ def launch_branch(arch: int) -> None:
     branch_attention_triton(q, *own, *trunk, bounds, starts, lengths, 0.1, tile=tile)
 
 
+def launch_decoding() -> None:
+    """Sampling at Qwen2.5-7B's vocabulary, and adapters of the presets' ranks."""
+    ids = torch.zeros(2, dtype=torch.int64)
+    place = {"sequence_id": ids, "position": ids.clone()}
+    for dtype, temperature in ((torch.float32, 1.0), (torch.float32, 0.0), (torch.bfloat16, 0.7)):
+        sample_with_logprob_triton(torch.zeros(2, 152064, dtype=dtype), seed=1, temperature=temperature, **place)
+    sample_with_logprob_triton(torch.zeros(2, 152064), seed=ids[0].clone(), **place)
+    for rank in (16, 32):
+        x, a = torch.zeros(5, 512, dtype=torch.bfloat16), torch.zeros(2, rank, 512, dtype=torch.bfloat16)
+        agent_lora_triton(x, a, torch.zeros(2, 768, rank, dtype=x.dtype), torch.zeros(5, dtype=torch.int64), 2.0)
+
+
 def main() -> None:
     """Launch everything and report."""
     arch = int(sys.argv[1])
@@ -133,6 +147,7 @@ def main() -> None:
         launch_credit("clipped", "teacher", *given)
     launch_paged(arch)
     launch_branch(arch)
+    launch_decoding()
     seconds = time.perf_counter() - start
     print(json.dumps({"launched": launched, "seconds": seconds, **aot_library.counts()}))
 

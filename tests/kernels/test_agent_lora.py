@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coars_kernels import AgentRows, agent_lora
+from coars_kernels.agent_lora import op
 from coars_kernels.agent_lora.reference import agent_lora_reference
+from tests.kernels.lora_cases import assert_accurate, make_lora
 
 
 @settings(max_examples=25, deadline=None)
@@ -129,3 +131,30 @@ def test_compiles_without_a_break_and_ignores_autocast() -> None:
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(agent_lora(*inputs(), ids, 2.0), found[0][0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_of_few_rows(dtype: torch.dtype) -> None:
+    for rows in (5, 0):
+        torch.library.opcheck(op._few_rows, tuple(make_lora(rows, (6, 3, 4), dtype=dtype)))
+
+
+def test_few_rows_without_gradients_take_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+
+    def few_rows(x: torch.Tensor, *given: Any) -> torch.Tensor:
+        taken.append(len(x))
+        return agent_lora_reference(x, *given)
+
+    monkeypatch.setattr(op, "has_triton", lambda tensor: True)  # of a GPU that is not there
+    monkeypatch.setattr(op, "_few_rows", few_rows)
+    for case in (make_lora(op.LARGEST_ROWS, (6, 3, 4)), make_lora(op.LARGEST_ROWS + 1, (6, 3, 4))):
+        agent_lora(*case)
+        with torch.no_grad():
+            assert_accurate(agent_lora(*case), case)
+            prepared = case._replace(agent_ids=AgentRows(case.agent_ids, 2))
+            assert_accurate(agent_lora(*prepared), case)
+    with torch.no_grad():
+        agent_lora(*make_lora(4, (6, op.LARGEST_RANK + 1, 4)))
+        agent_lora(*make_lora(4, (6, 3, 4), dtype=torch.float64))
+    assert taken == [op.LARGEST_ROWS] * 2

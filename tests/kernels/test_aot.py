@@ -5,6 +5,7 @@ is done by wgmma where the hardware has it.
 """
 
 import os
+import re
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter's kernels cannot be compiled", allow_module_level=True)
 
 from aot.compile import SHARED_LIMIT  # noqa: E402
-from aot.kernels import shipped  # noqa: E402
+from aot.kernels import agent_lora, sampling, shipped  # noqa: E402
 
 
 def variant(name: str) -> bool:
@@ -48,6 +49,23 @@ def test_fits_the_hardware(kernel: Any, capability: int) -> None:
 def test_rows_are_read_and_written_in_16_byte_words(kernel: Any) -> None:
     sass = kernel.compile(90).sass
     assert "LDG.E.128" in sass and "STG.E.128" in sass
+
+
+@pytest.mark.parametrize("kernel", [kernel for kernel in sampling() if "merge" not in kernel.name])
+def test_logits_are_read_in_16_byte_words(kernel: Any) -> None:
+    kinds = re.findall(r"LDG\.E\.?(\S*)", kernel.compile(90).sass)
+    # the others are a row's id and position, and the winner's logit
+    assert sum("128" in kind for kind in kinds) == (2 if "fp32" in kernel.name else 1), kinds
+    assert len(kinds) <= 5, kinds
+
+
+@pytest.mark.parametrize("kernel", agent_lora())
+def test_adapters_take_16_byte_words_and_tensor_cores(kernel: Any) -> None:
+    compiled = kernel.compile(90)
+    if "first" in kernel.name:  # inputs and factors are copied ahead
+        copies = re.findall(r"LDGSTS\.E\.?(\S*)", compiled.sass)
+        assert copies and all("128" in kind for kind in copies), copies
+    assert "E.128" in compiled.sass and compiled.count(r"HMMA\.16816\.F32(\.BF16)?") > 0
 
 
 def test_names_are_unique() -> None:

@@ -50,7 +50,8 @@ def test_gpu_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     report = {entry.name: entry for entry in env_report.operations()}
     assert report["linear_logprob"].value == "Triton, path library (bfloat16, float16, float32)"
     assert report["credit_policy_loss"].value == "Triton"
-    assert report["agent_lora"].value == "plain torch"
+    assert report["agent_lora"].value == report["sample_with_logprob"].value == "Triton"
+    assert "up to 128 rows without gradients" in report["agent_lora"].note
     fused_bf16 = lambda weight, path: "fused" if weight.dtype == torch.bfloat16 else "library"  # noqa: E731
     monkeypatch.setattr(env_report, "choose_path", fused_bf16)
     entry = {entry.name: entry for entry in env_report.operations()}["linear_logprob"]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from coars_kernels import sample_with_logprob
 from coars_kernels.sample_with_logprob import torch_sample
+from coars_kernels.sample_with_logprob.op import _sample
 from coars_kernels.sample_with_logprob.reference import (
     mix_,
     mix_int,
@@ -143,6 +144,41 @@ def test_greedy_and_forbidden_tokens() -> None:
     assert empty.shape == (0,)
 
 
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64 + 5, -(2**63) - 1])
+def test_the_low_64_bits_of_a_seed_count(seed: int) -> None:
+    logits, ids = torch.randn(20, 50), torch.arange(20)
+    found = sample_with_logprob(logits, seed=seed, sequence_id=ids, position=ids)
+    for same in (seed % 2**64, seed % 2**64 - 2**64, seed + 2**64):
+        again = sample_with_logprob(logits, seed=same, sequence_id=ids, position=ids.int())
+        assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
+    tensor = torch.tensor((seed % 2**64 ^ 2**63) - 2**63)
+    for same in (tensor, tensor[None]):
+        again = sample_with_logprob(logits, seed=same, sequence_id=ids, position=ids)
+        assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
+    for same in (seed, tensor):
+        reference = sample_with_logprob_reference(logits, seed=same, sequence_id=ids.int(), position=ids)
+        assert torch.equal(found[0], reference[0])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_opcheck(temperature: float) -> None:
+    ids = torch.arange(6)
+    torch.library.opcheck(_sample, (torch.randn(6, 40), ids, ids.int(), -5, None, temperature))
+    torch.library.opcheck(_sample, (torch.randn(6, 40), ids, ids, 0, torch.tensor(9), temperature))
+    torch.library.opcheck(_sample, (torch.randn(0, 40).bfloat16(), ids[:0], ids[:0], 7, None, temperature))
+
+
+def test_compiles_without_a_break() -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(sample_with_logprob, fullgraph=True, backend="aot_eager")
+    for rows, vocab in ((3, 40), (5, 41), (1, 300)):
+        given: dict[str, Any] = {"seed": 2**63 + 9, "sequence_id": torch.arange(rows), "position": torch.arange(rows)}
+        logits = torch.randn(rows, vocab, requires_grad=True)
+        found, expected = (function(logits, **given) for function in (compiled, sample_with_logprob))
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        assert not found[1].requires_grad
+
+
 @pytest.mark.parametrize(
     ("argument", "change"),
     [
@@ -151,6 +187,8 @@ def test_greedy_and_forbidden_tokens() -> None:
         ("logits", {"logits": torch.zeros(3, 4, dtype=torch.float64)}),
         ("sequence_id", {"sequence_id": torch.zeros(2, dtype=torch.int64)}),
         ("position", {"position": torch.zeros(3)}),
+        ("seed", {"seed": torch.zeros(3, dtype=torch.int64)}),
+        ("seed", {"seed": torch.tensor(1, dtype=torch.int32)}),
         ("temperature", {"temperature": -1.0}),
         ("temperature", {"temperature": float("nan")}),
     ],

@@ -2,6 +2,9 @@
 
     mask(x [A1; A2]^T) [B1 B2]^T * scale
 
+Few rows without gradients on a GPU, as in decoding, are the operator `coars_kernels::agent_lora`: the kernels of
+`triton_lora.py`, two launches. Everything else is two products of the library:
+
 Every row passes through every adapter's first factor (rank r is small), foreign results are masked, and the second
 product sums what is left. No sorting, no gather, no data-dependent shape: four launches, safe to capture in a CUDA
 graph. The mask is an integer of all ones or all zeros, laid over the bits of the number: a foreign NaN becomes zero as
@@ -16,9 +19,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from coars_kernels.checks import require, require_device
+from coars_kernels.agent_lora.reference import agent_lora_reference
+from coars_kernels.checks import MATRIX_DTYPES, require, require_device
+from coars_kernels.dispatch import has_triton
 
 AGENT_ID_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64)
+LARGEST_ROWS, LARGEST_RANK = 128, 128
+"""What the Triton kernels take. With more rows the library's tiles, which read a factor once for 128 rows and not for
+16, must win; where exactly is not measured, since no kernel has been run on a GPU yet."""
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integer that is as wide as a number of so many bytes."""
 
@@ -123,10 +131,31 @@ class _AgentLora(torch.autograd.Function):
         return grad_x, grad_a, grad_b, None, None
 
 
+@torch.library.custom_op("coars_kernels::agent_lora", mutates_args=())
+def _few_rows(x: Tensor, a: Tensor, b: Tensor, agent_ids: Tensor, scale: float) -> Tensor:
+    if has_triton(x):
+        from coars_kernels.agent_lora.triton_lora import agent_lora_triton
+
+        return agent_lora_triton(x, a, b, agent_ids, scale)
+    return agent_lora_reference(x, a, b, agent_ids, scale)
+
+
+@_few_rows.register_fake
+def _(x: Tensor, a: Tensor, b: Tensor, *arguments: object) -> Tensor:
+    return x.new_empty(x.shape[0], b.shape[1])
+
+
+def takes_kernels(x: Tensor, a: Tensor) -> bool:
+    """Whether the Triton kernels compute an update without gradients."""
+    small = x.shape[0] <= LARGEST_ROWS and a.shape[1] <= LARGEST_RANK
+    return has_triton(x) and small and x.dtype in MATRIX_DTYPES
+
+
 def agent_lora(x: Tensor, a: Tensor, b: Tensor, agent_ids: Tensor | AgentRows, scale: float) -> Tensor:
     """The adapters' update `scale * (x @ a[agent].T) @ b[agent].T` of each row, to be added to the base layer's output.
 
-    Differentiable in `x`, `a` and `b`. The update of a row does not depend on other rows. Autocast is off inside.
+    Differentiable in `x`, `a` and `b`. The update of a row does not depend on other rows' values, but on a GPU its last
+    bits may depend on N, which decides who computes it and in how many parts. Autocast is off inside.
 
     Args:
         x: [N, in] floating: inputs of the adapted linear layer, rows of all agents mixed.
@@ -148,6 +177,8 @@ def agent_lora(x: Tensor, a: Tensor, b: Tensor, agent_ids: Tensor | AgentRows, s
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return agent_lora(x, a, b, rows, scale)
+    if not torch.is_grad_enabled() and takes_kernels(x, a):
+        return _few_rows(x, a, b, rows.agent_ids, float(scale))
     num_agents, rank, in_features = a.shape
     stacked_a = a.reshape(num_agents * rank, in_features)
     stacked_b = b.transpose(1, 2).reshape(num_agents * rank, b.shape[1])

@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from coars_kernels.dispatch import num_processors
 from coars_kernels.linear_logprob.rows import RowMasses
 from coars_kernels.linear_logprob.triton_rows import LARGEST_SUM, LN_2, LOG2_E, finish_rows, largest_anchor
 
@@ -369,11 +370,6 @@ def config_of(weight_VH: Tensor) -> FusedConfig:
     return CONFIGS[90 if large else 80, weight_VH.element_size()]
 
 
-def num_processors(tensor: Tensor) -> int:
-    """Multiprocessors of the tensor's device; 3 in the interpreter, so that a program there sees several tiles."""
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 3
-
-
 def fused_masses(
     student_CH: Tensor,
     teacher_CH: Tensor | None,
@@ -431,7 +427,7 @@ def fused_masses(
             *operands, anchor_SC, num_rows, hidden_size, *strides, BLOCK=ANCHOR_BLOCK, num_warps=ANCHOR_WARPS
         )
         num_tiles = triton.cdiv(num_rows, config.block_rows) * num_streams * vocab_tiles
-        programs = min(num_tiles, num_processors(weight_VH) * config.programs_per_processor)
+        programs = min(num_tiles, num_processors(weight_VH.device) * config.programs_per_processor)
         fused_masses_kernel[(programs,)](
             *operands, heat, anchor_SC, mass_CV, others_TC, rounded_TC, weighted_TC,
             num_rows, vocab_size, hidden_size, *strides, mass_stride, mass_columns,

@@ -46,7 +46,7 @@ LARGEST_SUM = tl.constexpr(2.0**96)
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for x >= 0, relative error of a few ulp (Kahan); the interpreter has no libdevice to take it from."""
+    """log(1 + x) for x > -1, relative error of a few ulp (Kahan); the interpreter has no libdevice to take it from."""
     whole = 1.0 + x
     gained = whole - 1.0
     return tl.where(gained == 0.0, x, tl.log(whole) * (x / tl.where(gained == 0.0, 1.0, gained)))

@@ -18,7 +18,6 @@ Shape suffixes: B rows of the batch, M rows of a product, N keys of a block, D h
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportIndexIssue=false
 # pyright reads a kernel as an ordinary function: no grid, no `num_warps`, and an int is no `tl.constexpr`.
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -27,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from coars_kernels import aot_library
+from coars_kernels.dispatch import num_processors
 
 aot_library.install()  # where COARS_KERNELS_AOT is set; before the first launch
 
@@ -359,15 +359,10 @@ def constants(tile: Tile, head_size: int, pages: Tensor) -> dict[str, int | bool
     }
 
 
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
-
-
 def splits_of(q: Tensor, kv_heads: int, num_groups: int, num_keys: int) -> tuple[int, int]:
     """(splits of a prefix, splits of the rest of a row), from sizes alone; no prefix without groups."""
     most = max(1, min(-(-num_keys // SMALLEST_SPLIT), LARGEST_SPLITS))
-    processors = _processors(q.device)
+    processors = num_processors(q.device)
     decode = min(-(-DECODE_PROGRAMS * processors // (q.shape[0] * kv_heads)), most)
     prefix = min(max(PREFIX_PROGRAMS * processors // (num_groups * kv_heads), 1), most) if num_groups else 0
     return prefix, decode

@@ -39,16 +39,26 @@ def mix_(words: Tensor) -> Tensor:
     return words.bitwise_xor_(torch.bitwise_right_shift(words, 16, out=shifted))
 
 
-def noise_keys(seed: int, sequence_id: Tensor, position: Tensor) -> Tensor:
+def key_starts(seed: int) -> list[int]:
+    """What the two key words begin with, from the low 64 bits of the seed."""
+    return [mix_int(mix_int(start ^ (seed & MASK)) ^ (seed >> 32 & MASK)) for start in KEY_START]
+
+
+def noise_keys(seed: int | Tensor, sequence_id: Tensor, position: Tensor) -> Tensor:
     """[2, B, 1] int64: two 32-bit key words per row, from 64 bits of seed, 64 of id and the low 32 of position."""
-    starts = [mix_int(mix_int(start ^ (seed & MASK)) ^ (seed >> 32 & MASK)) for start in KEY_START]
-    keys = torch.tensor(starts, dtype=torch.int64, device=sequence_id.device)[:, None]
+    sequence_id, position = sequence_id.long(), position.long()
+    # filled, not copied from the host: a CUDA graph could not record a copy that the host waits for
+    starts = KEY_START if isinstance(seed, Tensor) else key_starts(seed)
+    keys = torch.stack([torch.full_like(sequence_id, start) for start in starts])
+    if isinstance(seed, Tensor):
+        for word in (seed & MASK, seed >> 32 & MASK):
+            keys = mix_(keys ^ word)
     for word in (sequence_id & MASK, sequence_id >> 32 & MASK, position & MASK):
         keys = mix_(keys ^ word)
     return keys[:, :, None]
 
 
-def uniform_noise(seed: int, sequence_id: Tensor, position: Tensor, vocab_size: int) -> Tensor:
+def uniform_noise(seed: int | Tensor, sequence_id: Tensor, position: Tensor, vocab_size: int) -> Tensor:
     """[B, V] fp32 in (0, 1): a function of (seed, sequence id, position, vocabulary index) and of nothing else."""
     keys = noise_keys(seed, sequence_id, position)
     words = torch.arange(vocab_size, dtype=torch.int64, device=sequence_id.device) ^ keys[0]
@@ -58,7 +68,7 @@ def uniform_noise(seed: int, sequence_id: Tensor, position: Tensor, vocab_size: 
 
 
 def sample_with_logprob_reference(
-    logits: Tensor, *, seed: int, sequence_id: Tensor, position: Tensor, temperature: float = 1.0
+    logits: Tensor, *, seed: int | Tensor, sequence_id: Tensor, position: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """(token [B] int64, logp [B] fp32); the signature of `sample_with_logprob`."""
     scaled = logits.detach().float()

@@ -39,7 +39,7 @@ def _minus_noise(keys_2C1: Tensor, indices_V: Tensor, words_CV: Tensor, scratch_
     _mix_(words_CV, scratch_CV)
     words_CV.bitwise_xor_(keys_2C1[1])
     _mix_(words_CV, scratch_CV)
-    half = torch.tensor(-(2.0**-33), device=words_CV.device)
+    half = torch.full((), -(2.0**-33), device=words_CV.device)
     noise_CV = scratch_CV.view(torch.float32).copy_(words_CV.view(torch.uint32))
     # -(word + 0.5) / 2**32: a factor that is a power of two moves no rounding
     torch.add(half, noise_CV, alpha=-(2.0**-32), out=noise_CV)
@@ -55,7 +55,7 @@ def _place_of_smallest(padded_CV: Tensor) -> Tensor:
 
 
 def sample_with_logprob_torch(
-    logits: Tensor, *, seed: int, sequence_id: Tensor, position: Tensor, temperature: float = 1.0
+    logits: Tensor, *, seed: int | Tensor, sequence_id: Tensor, position: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """(token [B] int64, logp [B] fp32) of checked arguments; builds no autograd graph."""
     (num_rows, vocab_size), device = logits.shape, logits.device
