@@ -3,9 +3,8 @@
 The step is a function of tensors that stay where they are and never looks at their values. On a GPU `STEPS` of them are
 captured in one graph for each bucket of batch sizes and replayed; on a CPU, or for what is rare (two temperatures,
 constrained replies), the same function runs eagerly. The host learns how many replies are over from a pinned number
-that arrives while the next replay runs: no step, and no replay, waits for it. Only decoding is ever captured.
-
-A graph holds the seed of the noise, so a run with another seed captures anew.
+that arrives while the next replay runs: no step, and no replay, waits for it. Only decoding is ever captured, once for
+all runs: the seed of the noise is a tensor, too.
 
 Shape suffixes: B rows, K steps, W columns of the page table, V vocabulary.
 """
@@ -55,6 +54,7 @@ class DecodeState:
         stand; key of the noise; adapter; 1 while the reply goes on. A row that is over writes behind its reply."""
         self.table = torch.full((size, width), pool.scratch_page, dtype=torch.int32, device=device)
         self.lengths = torch.ones(size, dtype=torch.int32, device=device)
+        self.seed = torch.zeros(1, dtype=torch.int64, device=device)
         self.goes_on = torch.ones(forward.weights.head.shape[0], dtype=torch.int64, device=device)
         """[V] 1 for tokens that do not end a reply."""
         self.group_offsets = torch.zeros(size + 1, dtype=torch.int32, device=device)
@@ -66,14 +66,15 @@ class DecodeState:
         """[K, B] what was drawn; nobody reads what a row draws after its end."""
         self.num_alive = torch.zeros(1, dtype=torch.int64, device=device)
 
-    def load(self, replies: Sequence[PartialReply], control: frozenset[int]) -> None:
+    def load(self, replies: Sequence[PartialReply], sampling: Sampling) -> None:
         """Set the first rows to replies that have begun; the others are over and change nothing that counts."""
+        self.seed.fill_((sampling.seed + 2**63) % 2**64 - 2**63)  # the low 64 bits, signed
         rows = [(r.ids[-1], r.sequence.length, r.longest - 1, r.noise_id, r.agent, 1) for r in replies]
         rows += [(0, 0, 0, 0, -1, 0)] * (self.size - len(rows))
         self.rows.copy_(torch.tensor(rows).T)
         self.table.copy_(page_table(self.pool, [r.sequence for r in replies], self.size, self.width))
         self.goes_on.fill_(1)
-        self.goes_on[sorted(control)] = 0
+        self.goes_on[sorted(sampling.control)] = 0
         masks = self.forward.weights.masked(self.agent).masks
         if not self.agents.masks:
             self.agents = Agents(masks=[mask.clone() for mask in masks])
@@ -112,12 +113,11 @@ class DecodeState:
         keys, values = self.pool.layer(layer)
         return self.attention.decode_groups(q, keys, values, self.table, self.lengths, self.groups).flatten(1)
 
-    def step(self, index: int, seed: int, temperatures: Temperatures, replies: Sequence[PartialReply] = ()) -> None:
+    def step(self, index: int, temperatures: Temperatures, replies: Sequence[PartialReply] = ()) -> None:
         """Feed each row's token, draw the next one, and note which rows go on.
 
         Args:
             index: which of the K steps it is.
-            seed: of the noise.
             temperatures: of the rows.
             replies: those of the rows, where they are constrained.
         """
@@ -128,7 +128,7 @@ class DecodeState:
         hidden = self.forward(self.token, self.position, self.agents, self)
         self.position.add_(self.alive)
         logits = constrain(self.forward.logits(hidden), replies)
-        token, logp = draw(logits, seed, temperatures, self.noise_id, self.position)
+        token, logp = draw(logits, self.seed, temperatures, self.noise_id, self.position)
         self.token.copy_(token)
         self.tokens[index].copy_(token)
         self.logp[index].copy_(logp)
@@ -169,12 +169,11 @@ class Replays:
         self.captures = pool.kv.is_cuda
         self._states: dict[int, DecodeState] = {}
         self._graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
-        self._seed: int | None = None
 
     def run(self, replies: Sequence[PartialReply], sampling: Sampling, until: int, steps: int) -> list[Tensor]:
         """Draw tokens until so many replies are over; [steps, n] tokens and log-probs."""
         state = self._state(len(replies))
-        state.load(replies, sampling.control)
+        state.load(replies, sampling)
         block = self._block(state, replies, sampling)
         found: list[tuple[Tensor, Tensor]] = []
         flag: _Flag | None = None
@@ -189,8 +188,8 @@ class Replays:
     def step_constrained(self, replies: Sequence[PartialReply], sampling: Sampling) -> list[Tensor]:
         """One step; what is allowed next is known on the host alone."""
         state = self._state(len(replies))
-        state.load(replies, sampling.control)
-        state.step(0, sampling.seed, self._temperatures(state, replies), replies)
+        state.load(replies, sampling)
+        state.step(0, self._temperatures(state, replies), replies)
         return [state.tokens[:1, : len(replies)].T, state.logp[:1, : len(replies)].T]
 
     def _temperatures(self, state: DecodeState, replies: Sequence[PartialReply]) -> Temperatures:
@@ -211,13 +210,10 @@ class Replays:
 
         def eagerly() -> None:
             for index in range(STEPS):
-                state.step(index, sampling.seed, temperatures)
+                state.step(index, temperatures)
 
         if not self.captures or temperatures.others:
             return eagerly
-        if sampling.seed != self._seed:
-            self._graphs.clear()
-            self._seed = sampling.seed
         key = (state.size, temperatures.first, state.groups is not None)
         if key not in self._graphs:
             self._graphs[key] = self._capture(state, replies, sampling, eagerly)
@@ -228,7 +224,7 @@ class Replays:
     ) -> torch.cuda.CUDAGraph:
         """Record K steps; the run that warms up has no replies, and the state is as before afterwards."""
         groups = state.groups
-        state.load([], sampling.control)
+        state.load([], sampling)
         state.groups = groups  # as many operations as with them
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -238,5 +234,5 @@ class Replays:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             steps()
-        state.load(replies, sampling.control)
+        state.load(replies, sampling)
         return graph

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -86,10 +86,10 @@ class Temperatures:
 
 
 def draw(
-    logits: Tensor, seed: int, temperatures: Temperatures, noise_id: Tensor, position: Tensor
+    logits: Tensor, seed: int | Tensor, temperatures: Temperatures, noise_id: Tensor, position: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Next tokens [B] and their log-probs [B] from logits [B, V]; `position` is where the tokens will stand."""
-    place = {"seed": seed, "sequence_id": noise_id, "position": position}
+    place: dict[str, Any] = {"seed": seed, "sequence_id": noise_id, "position": position}
     token, logp = sample_with_logprob(logits, temperature=temperatures.first, **place)
     for temperature, rows in temperatures.others:
         other_token, other_logp = sample_with_logprob(logits, temperature=temperature, **place)

@@ -12,6 +12,7 @@ from coars_fast.rollout.graphs import DecodeState, bucket
 from coars_fast.rollout.paged import choose_paged_attention, page_table
 from coars_fast.rollout.paged_memory import PagedMemory
 from coars_fast.rollout.sampling import PartialReply, Sampling
+from coars_kernels import sample_with_logprob
 from tests import tiny
 from tests.rollout_pieces import begin, finish, logp_of, make_engine, random_tokens
 
@@ -62,12 +63,12 @@ def test_a_row_that_is_over_never_touches_what_it_has_cached() -> None:
 def test_state_moves_on_as_replies_do() -> None:
     _, memory, replies = started(tiny.random_decoder(), [20, 5, 13], limit=6)
     state = memory.replays._state(len(replies))
-    state.load(replies, SAMPLING.control)
+    state.load(replies, SAMPLING)
     assert state.alive.tolist() == [1] * len(replies) + [0] * (8 - len(replies))
     temperatures = memory.replays._temperatures(state, replies)
     history = []
     for index in range(8):
-        state.step(index, SAMPLING.seed, temperatures)
+        state.step(index, temperatures)
         history.append((state.position.tolist(), state.alive.tolist()))
     for row, reply in enumerate(replies):
         start, last = len(reply.view), len(reply.view) + 6 - 1
@@ -123,7 +124,7 @@ def test_groups_are_neighbours_with_common_pages() -> None:
     memory._begin(replies, Sampling(seed=3, control=frozenset()))
     replies.sort(key=lambda reply: reply.sequence.pages)
     state: DecodeState = memory.replays._state(len(replies))
-    state.load(replies, frozenset())
+    state.load(replies, Sampling(seed=0, control=frozenset()))
     assert state.groups is not None
     offsets, prefixes = state.groups.row_offsets.tolist(), state.groups.prefix_length.tolist()
     assert offsets[0] == 0 and offsets[-1] == state.size and len(offsets) == state.size + 1
@@ -136,7 +137,7 @@ def test_groups_are_neighbours_with_common_pages() -> None:
     for reply in replies:
         whole = [*reply.view, *reply.ids]
         assert reply.logp == pytest.approx(logp_of(decoder, whole, reply.agent, len(reply.view)), abs=1e-5)
-    state.load(alone, frozenset())
+    state.load(alone, Sampling(seed=0, control=frozenset()))
     assert state.groups is None
 
 
@@ -159,3 +160,26 @@ def test_the_choice_of_attention_is_explained(caplog: pytest.LogCaptureFixture) 
         choose_paged_attention(device, torch.float32, 48, 24)
     assert name == "kernels" and "flash_attn: it needs a CUDA device" in reason and "varlen_attn: it needs" in reason
     assert len([r for r in caplog.records if "attention over pages on cpu: kernels" in r.message]) <= 1
+
+
+@pytest.mark.parametrize("seed", [0, -5, 2**63 + 7, 2**64 - 1])
+def test_a_state_draws_with_its_runs_seed(seed: int) -> None:
+    """The same as with the seed as a number, and another one's on the same state."""
+    _, memory, replies = started(tiny.random_decoder(), [20, 5, 13])
+    state = memory.replays._state(len(replies))
+    drawn = {}
+    for used in (seed, 11):
+        state.load(replies, Sampling(seed=used, control=frozenset()))
+        state.step(0, memory.replays._temperatures(state, replies))
+        drawn[used] = state.tokens[0].clone()
+        generator = {"seed": used, "sequence_id": state.noise_id, "position": state.position}
+        logits = state.forward.logits(state.forward(*_fed(state, replies), state.agents, state))
+        assert torch.equal(drawn[used], sample_with_logprob(logits, **generator)[0])
+    assert not torch.equal(drawn[seed], drawn[11])
+
+
+def _fed(state: DecodeState, replies: list[PartialReply]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the state was fed at its first step: tokens and positions."""
+    empty = [0] * (state.size - len(replies))
+    tokens = torch.tensor([reply.ids[-1] for reply in replies] + empty)
+    return tokens, torch.tensor([reply.sequence.length for reply in replies] + empty)
