@@ -230,6 +230,7 @@ class Weights:
         """[A + 1, 3 A r] 1 where a column of first factors is the agent's; the last row is of none."""
         self.merged_head: Product | None = None
         """The head where adapters are merged."""
+        self._merged_from: tuple[int, int] | None = None
         self._fingerprint: list[int] = []
         self._factor_norms: list[float] = []
         self.refresh()
@@ -264,8 +265,9 @@ class Weights:
                 weights = (attention.q_norm.weight, attention.k_norm.weight)
                 joined = torch.cat([w.detach().expand(n, -1) for n, w in zip(rows, weights, strict=True)])
                 layer.head_norm = _renew(layer.head_norm, joined)
-        if self.merge:
-            self.merged_head = Product(self.head.detach())
+        head = (self.head.data_ptr(), self.head._version)
+        if self.merge and head != self._merged_from:  # training leaves the head alone
+            self.merged_head, self._merged_from = Product(self.head.detach()), head
         agents = torch.arange(self.num_adapters + 1, device=self.head.device)
         columns = agents[:-1].repeat_interleave(self.rank).repeat(3)
         self.own_columns = _renew(self.own_columns, (agents[:, None] == columns).to(self.head.dtype))

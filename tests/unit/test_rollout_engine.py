@@ -12,6 +12,7 @@ from coars_fast.model.decoder import Decoder
 from coars_fast.model.lora import adapter_parameters, adapter_state, add_adapters, load_adapter_state
 from coars_fast.rollout import dense_memory
 from coars_fast.rollout.engine import Engine
+from coars_fast.rollout.product import PACK_FROM, Product
 from coars_fast.rollout.sampling import PartialReply, Sampling
 from tests import tiny
 from tests.rollout_pieces import (
@@ -522,3 +523,20 @@ def test_rows_are_copies_that_may_be_lost_at_any_time(monkeypatch: pytest.Monkey
     for reply in replies:
         whole = [*reply.view, *reply.ids]
         assert reply.logp == pytest.approx(logp_of(decoder, whole, reply.agent, len(reply.view)), abs=1e-5)
+
+
+def test_a_large_matrix_stays_laid_out_and_gives_the_same_products() -> None:
+    torch.manual_seed(0)
+    for shape in ((8, 16), (600, 500)):
+        weight, x = torch.randn(shape), torch.randn(70, shape[1])
+        product, expected = Product(weight), x @ weight.T
+        assert (product._packed is None) == (weight.numel() < PACK_FROM)
+        out = torch.empty(70, shape[0])
+        product.into(out, x)
+        for found in (out, product(x)):
+            assert (found - expected).abs().max() < 1e-4
+        product.add_to(out, x[:70])
+        assert (out - 2 * expected).abs().max() < 2e-4
+        rows = torch.empty(5, shape[0])
+        product.into(rows, x[10:15])
+        assert (rows - expected[10:15]).abs().max() < 1e-4
