@@ -12,6 +12,7 @@ Shape suffixes: B rows, K steps, W columns of the page table, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -169,6 +170,7 @@ class Replays:
         self.captures = pool.kv.is_cuda
         self._states: dict[int, DecodeState] = {}
         self._graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+        self._graph_memory: Any = None
 
     def run(self, replies: Sequence[PartialReply], sampling: Sampling, until: int, steps: int) -> list[Tensor]:
         """Draw tokens until so many replies are over; [steps, n] tokens and log-probs."""
@@ -232,7 +234,10 @@ class Replays:
             steps()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        if self._graph_memory is None:
+            self._graph_memory = torch.cuda.graph_pool_handle()
+        # One memory for all: they are replayed one after the other, and what counts is in tensors of the states.
+        with torch.cuda.graph(graph, pool=self._graph_memory):
             steps()
         state.load(replies, sampling)
         return graph

@@ -17,6 +17,7 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -178,11 +179,11 @@ def page_table(pool: PagePool, sequences: Sequence[CachedSequence], rows: int, w
     Raises:
         AssertionError: a sequence has more pages than the table has columns.
     """
-    table = torch.full((rows, width), pool.scratch_page, dtype=torch.int32)
-    for row, sequence in enumerate(sequences):
-        assert len(sequence.pages) <= width, "a page table that outgrows its width would be read past its end"
-        table[row, : len(sequence.pages)] = torch.tensor(sequence.pages, dtype=torch.int32)
-    return table
+    counts = np.array([len(sequence.pages) for sequence in sequences], dtype=np.int64)
+    assert (counts <= width).all(), "a page table that outgrows its width would be read past its end"
+    table = np.full((rows, width), pool.scratch_page, dtype=np.int32)
+    table[: len(counts)][np.arange(width) < counts[:, None]] = [page for s in sequences for page in s.pages]
+    return torch.from_numpy(table)
 
 
 class PagedExtend:
@@ -205,10 +206,12 @@ class PagedExtend:
         self.pool, self.attention = pool, attention
         device, size = pool.kv.device, pool.page_size
         ends = [s.length + n for s, n in zip(sequences, new_lengths, strict=True)]
-        places = [(p, s.pages[p // size]) for s, end in zip(sequences, ends, strict=True) for p in range(s.length, end)]
-        self.positions, self.pages = torch.tensor(places).to(device).unbind(1)
+        table = page_table(pool, sequences, len(sequences), max(len(s.pages) for s in sequences))
+        position = np.concatenate([np.arange(s.length, end) for s, end in zip(sequences, ends, strict=True)])
+        page = table.numpy()[np.arange(len(ends)).repeat(new_lengths), position // size]
+        self.positions, self.pages = torch.from_numpy(np.stack([position, page])).to(device).unbind()
         self.offsets = self.positions % size
-        self.table = page_table(pool, sequences, len(sequences), max(len(s.pages) for s in sequences)).to(device)
+        self.table = table.to(device)
         self.lengths = torch.tensor(ends, dtype=torch.int32).to(device)
         self.cu_q = torch.tensor(list(accumulate(new_lengths, initial=0)), dtype=torch.int32).to(device)
         self.last = self.cu_q[1:].long() - 1
