@@ -54,9 +54,9 @@ def test_rows_are_read_and_written_in_16_byte_words(kernel: Any) -> None:
 @pytest.mark.parametrize("kernel", [kernel for kernel in sampling() if "merge" not in kernel.name])
 def test_logits_are_read_in_16_byte_words(kernel: Any) -> None:
     kinds = re.findall(r"LDG\.E\.?(\S*)", kernel.compile(90).sass)
-    # the others are a row's id and position, and the winner's logit
+    # the others are a row's id and position, a graph's seed, and the winner's logit
     assert sum("128" in kind for kind in kinds) == (2 if "fp32" in kernel.name else 1), kinds
-    assert len(kinds) <= 5, kinds
+    assert len(kinds) <= (6 if "graph" in kernel.name else 5), kinds
 
 
 @pytest.mark.parametrize("kernel", agent_lora())
@@ -65,7 +65,9 @@ def test_adapters_take_16_byte_words_and_tensor_cores(kernel: Any) -> None:
     if "first" in kernel.name:  # inputs and factors are copied ahead
         copies = re.findall(r"LDGSTS\.E\.?(\S*)", compiled.sass)
         assert copies and all("128" in kind for kind in copies), copies
-    assert "E.128" in compiled.sass and compiled.count(r"HMMA\.16816\.F32(\.BF16)?") > 0
+    else:
+        assert "E.128" in compiled.sass
+    assert compiled.count(r"HMMA\.16816\.F32(\.BF16)?") > 0
 
 
 def test_names_are_unique() -> None:

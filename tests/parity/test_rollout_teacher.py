@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 
 from coars_fast.config import Config, LossConfig, TrainConfig
+from coars_fast.data.records import Trajectory
 from coars_fast.game.trajectory import trajectories
 from coars_fast.learn.packing import pack
 from coars_fast.learn.step import Learner
@@ -34,20 +37,20 @@ def scored(decoder: Decoder, count: int = 24, **options):
 
 
 @torch.no_grad()
-def expected(decoder: Decoder, found) -> torch.Tensor:
+def matches(decoder: Decoder, found: Sequence[Trajectory]) -> None:
+    """The engine's log-probs and the two-stream step's are both within the bound of float64, and so near each other."""
     batch = pack([replace(t, teacher_logp=None) for t in found])
     _, teacher = two_stream(decoder, batch)
-    assert teacher is not None
+    wide = copy.deepcopy(decoder).double()
+    _, exact_teacher = two_stream(wide, batch, backend="sdpa")
+    assert teacher is not None and exact_teacher is not None
+    exact = (exact_teacher @ wide.head_weight.T).log_softmax(-1).gather(1, batch.target[:, None])[:, 0]
     logp = linear_logprob(teacher, decoder.head_weight, batch.target)
     assert isinstance(logp, torch.Tensor)
-    return logp
-
-
-def matches(decoder: Decoder, found) -> None:
-    values = torch.tensor([p for t in found for p in t.teacher_logp])
-    reference = expected(decoder, found)
-    assert values.shape == reference.shape
-    assert (values - reference).abs().max() < BOUND
+    engine = torch.tensor([p for t in found for p in t.teacher_logp or ()])
+    assert engine.shape == exact.shape
+    for values in (engine, logp):
+        assert (values - exact).abs().max() < BOUND
 
 
 @pytest.mark.parametrize("attention", MEMORIES)
