@@ -5,6 +5,7 @@
 Plays training episodes with the run's adapters, scores every reply under its reference, and lets the teacher, the same
 model that has read the reference, reply itself. Credit can teach something only where the teacher knows better: where
 its own replies are right more often than the student's, and its credit is higher for right replies than for wrong ones.
+The teacher here is the `current` one, whatever `loss.teacher` the run has.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from coars_fast import cli
 from coars_fast.build import Parts
 from coars_fast.config import Config
 from coars_fast.data.records import Trajectory
-from coars_fast.errors import RunFolderError
+from coars_fast.errors import ConfigError, RunFolderError
 from coars_fast.game.episode import AGENTS, RECOMMENDER, USER, Episode, Reply, Turn
-from coars_fast.game.prompts import parse_judgement, parse_recommendation
 from coars_fast.game.trajectory import trajectories
+from coars_fast.memory import fresh_episodes
 from coars_fast.plots import credit_histograms
 from coars_fast.progress import Screen
 from coars_fast.resume import load_run
@@ -86,7 +87,7 @@ def study(parts: Parts, num_episodes: int) -> Study:
     episodes: list[Episode] = []
     while len(episodes) < num_episodes:
         tasks = parts.tasks.train_tasks(len(episodes) // config.train.episodes_per_step)
-        episodes += [parts.episode(task) for task in tasks]
+        episodes += fresh_episodes(parts, tasks, seed=config.seed, temperature=1.0)
     scores = TeacherScores(config.game)
     play(
         parts.decoder, episodes, seed=config.seed, temperature=1.0, max_reply_tokens=rollout.max_reply_tokens,
@@ -133,13 +134,10 @@ def _outcome(turn: Turn, agent: int) -> str:
 
 def _is_right(episode: Episode, turn: Turn, agent: int, reply: Reply) -> bool:
     """Whether another reply in this place is."""
-    if reply.ids[-1] != episode.template.end_of_turn:
-        return False
-    text = episode.codec.decode(reply.ids[:-1])
     if agent == RECOMMENDER:
-        choice = parse_recommendation(text, episode.candidate_titles)
+        choice = episode.named_candidate(reply)
         return choice is not None and episode.task.candidates[choice] == episode.task.target
-    judgement = parse_judgement(text)
+    judgement = episode.judgement(reply)
     return judgement is not None and judgement.positive == turn.hit
 
 
@@ -186,6 +184,8 @@ def tables(found: Study) -> list[Table]:
 
 def study_run(options: CreditConfig) -> Path:
     """Study a run; prints two tables, writes `credit.json` and `credit.png` into its folder and returns the first."""
+    if options.episodes < 1:
+        raise ConfigError(f"--episodes {options.episodes}: give at least 1")
     folder = Path(options.run)
     if not (folder / "config.json").is_file():
         raise RunFolderError(f"{folder}: no config.json; name the folder of a run")
@@ -206,9 +206,7 @@ def _reference(config: Config, asked: str | None) -> Any:
     """The reference to study: one that depends on its own episode alone."""
     reference = asked or config.game.reference
     if reference not in ("template", "truth", "empty"):
-        raise cli.ConfigError(
-            f"reference: {reference} cannot be studied here; give --reference template, truth or empty"
-        )
+        raise ConfigError(f"reference: {reference} cannot be studied here; give --reference template, truth or empty")
     return reference
 
 

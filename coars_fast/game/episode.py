@@ -138,8 +138,8 @@ class Episode:
     def is_valid(self, reply: Reply) -> bool:
         """Whether `receive` would understand this reply of the waiting agent."""
         if self.waiting == RECOMMENDER:
-            return self._named_candidate(reply) is not None
-        return self._judgement(reply) is not None
+            return self.named_candidate(reply) is not None
+        return self.judgement(reply) is not None
 
     def _ended(self, reply: Reply) -> bool:
         return reply.ids[-1] == self.template.end_of_turn
@@ -148,12 +148,14 @@ class Episode:
         """The reply without a closing control token: what the partner reads."""
         return reply.ids[:-1] if reply.ids[-1] in self.template.control else reply.ids
 
-    def _named_candidate(self, reply: Reply) -> int | None:
+    def named_candidate(self, reply: Reply) -> int | None:
+        """Index of the candidate that a recommender's reply names; None: it cannot be read."""
         if not self._ended(reply):
             return None
         return parse_recommendation(self.codec.decode(self._words(reply)), self.candidate_titles)
 
-    def _judgement(self, reply: Reply) -> Judgement | None:
+    def judgement(self, reply: Reply) -> Judgement | None:
+        """What a user agent's reply says; None: it cannot be read."""
         return parse_judgement(self.codec.decode(self._words(reply))) if self._ended(reply) else None
 
     def receive(self, reply: Reply) -> None:
@@ -176,7 +178,7 @@ class Episode:
 
     def _receive_recommendation(self, reply: Reply) -> None:
         self._keep(RECOMMENDER, reply)
-        named = self._named_candidate(reply)
+        named = self.named_candidate(reply)
         item = None if named is None else self.task.candidates[named]
         text = self.codec.decode(self._words(reply))
         turn = Turn(len(self.turns) + 1, text, item, hit=item == self.task.target)
@@ -194,7 +196,7 @@ class Episode:
         return self.codec.encode(peers) if peers else []
 
     def _receive_judgement(self, reply: Reply) -> None:
-        judgement = self._judgement(reply)
+        judgement = self.judgement(reply)
         self._keep(USER, reply)
         turn = self.turns[-1]
         turn.user_spoke, turn.judgement = True, judgement

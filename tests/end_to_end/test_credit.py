@@ -46,6 +46,7 @@ def test_an_empty_reference_earns_no_credit(run: Path) -> None:
     ("arguments", "words"),
     [
         (["nowhere"], "no config.json"),
+        (["RUN", "--episodes", "0"], "give at least 1"),
         (["RUN", "--reference", "other_user"], "give --reference template, truth or empty"),
     ],
 )
