@@ -25,7 +25,7 @@ from coars_fast.learn.supervised import cosine, fine_tune
 from coars_fast.model.decoder import Decoder
 from coars_fast.progress import Screen
 
-REFERENCE_RATE = 0.2
+REFERENCE_RATE = 0.4
 """Share of conversations whose last replies are learned after a reference."""
 WRONG_FIRST_RATE = 0.5
 """Share of conversations in which a wrong item comes first (the recommender does not learn that reply)."""
@@ -178,7 +178,7 @@ def conversation(
         space: says which item of the history is most like a candidate.
         rng: decides whether a wrong item comes first, and whether the replies follow a reference.
         popular: the candidate that the recommender names because it is popular; None: it names the truth. After a
-            reference it always names the truth.
+            reference it learns to name the truth.
     """
     task = episode.task
 
@@ -186,20 +186,17 @@ def conversation(
         return reason(episode.titles[task.history[space.most_alike(task.candidates[choice], task.history)]])
 
     right = task.candidates.index(task.target)
-    wrong_first = rng.random() < WRONG_FIRST_RATE and episode.config.max_turns > 1
-    follows_reference = rng.random() < REFERENCE_RATE
-    named, why = (right, because(right)) if popular is None or follows_reference else (popular, POPULAR)
+    others = [i for i in range(len(task.candidates)) if i not in (right, popular)]
+    if rng.random() < REFERENCE_RATE:
+        wrong = popular if popular not in (None, right) else int(rng.choice(others)) if others else right
+        return _after_reference(episode, because, right if rng.random() < 0.5 else wrong, rng)
+    named, why = (right, because(right)) if popular is None else (popular, POPULAR)
     shown = [(named, why, True)]
-    others = [i for i in range(len(task.candidates)) if i not in (right, named)]
-    if wrong_first and others:
+    if rng.random() < WRONG_FIRST_RATE and episode.config.max_turns > 1 and others:
         wrong = int(rng.choice(others))
         shown.insert(0, (wrong, because(wrong), False))
-    for choice, said, _ in shown:
-        item = name_item(episode.prompts, choice + 1, episode.candidate_titles[choice])
-        episode.receive(_reply(episode, format_recommendation(said, item)))
-        episode.receive(_reply(episode, judgement_text(choice == right, rng)))
-    if follows_reference:
-        return [(agent, _after_reference(episode, agent)) for agent in (RECOMMENDER, USER)]
+    for choice, why, _ in shown:
+        _show(episode, choice, why, choice == right, rng)
     learned = {RECOMMENDER: [learn for *_, learn in shown], USER: [True] * len(shown)}
     return [(agent, _view_lesson(episode, agent, learned[agent])) for agent in (RECOMMENDER, USER)]
 
@@ -245,10 +242,29 @@ def _view_lesson(episode: Episode, agent: int, learned: Sequence[bool]) -> Lesso
     return Lesson(tokens=view.tokens, is_answer=is_answer)
 
 
-def _after_reference(episode: Episode, agent: int) -> Lesson:
-    """The last reply, after the reference that hindsight would give."""
-    view = episode.views[agent]
-    span = view.spans[-1]
-    context = [*view.tokens[: span.fork], *branch(episode, episode.turns[-1], agent)]
-    reply = view.tokens[span.start : span.end]
-    return Lesson(tokens=[*context, *reply], is_answer=[False] * len(context) + [True] * len(reply))
+def _show(episode: Episode, choice: int, why: str, welcome: bool, rng: np.random.Generator) -> None:
+    """One turn: the recommender names a candidate, the user agent takes it or not."""
+    item = name_item(episode.prompts, choice + 1, episode.candidate_titles[choice])
+    episode.receive(_reply(episode, format_recommendation(why, item)))
+    episode.receive(_reply(episode, judgement_text(welcome, rng)))
+
+
+def _after_reference(
+    episode: Episode, because: Callable[[int], str], choice: int, rng: np.random.Generator
+) -> list[tuple[int, Lesson]]:
+    """One turn about a candidate, right or wrong, that the user agent takes or not, right or wrong. What is learned is
+    what each agent should have replied, after the reference that hindsight gives it.
+    """
+    right = episode.task.candidates.index(episode.task.target)
+    _show(episode, choice, because(choice), bool(rng.random() < 0.5), rng)
+    item = name_item(episode.prompts, right + 1, episode.candidate_titles[right])
+    judgement = (WANTED, "click", 0.9) if choice == right else (NOT_WANTED, "dislike", 0.1)
+    answers = {RECOMMENDER: format_recommendation(because(right), item), USER: format_judgement(*judgement)}
+    pairs = []
+    for agent, answer in answers.items():
+        view = episode.views[agent]
+        context = [*view.tokens[: view.spans[-1].fork], *branch(episode, episode.turns[-1], agent)]
+        reply = _reply(episode, answer).ids
+        is_answer = [False] * len(context) + [True] * len(reply)
+        pairs.append((agent, Lesson(tokens=[*context, *reply], is_answer=is_answer)))
+    return pairs
