@@ -26,7 +26,7 @@ from coars_fast.model.decoder import Decoder
 from coars_fast.progress import Screen
 
 REFERENCE_RATE = 0.4
-"""Share of conversations whose last replies are learned after a reference."""
+"""Share of conversations of one turn whose replies are learned after a reference."""
 WRONG_FIRST_RATE = 0.5
 """Share of conversations in which a wrong item comes first (the recommender does not learn that reply)."""
 LISTS_PER_CONVERSATION = 0.25
@@ -178,7 +178,7 @@ def conversation(
         space: says which item of the history is most like a candidate.
         rng: decides whether a wrong item comes first, and whether the replies follow a reference.
         popular: the candidate that the recommender names because it is popular; None: it names the truth. After a
-            reference it learns to name the truth.
+            reference it learns to name the truth in any case.
     """
     task = episode.task
 
@@ -189,7 +189,8 @@ def conversation(
     others = [i for i in range(len(task.candidates)) if i not in (right, popular)]
     if rng.random() < REFERENCE_RATE:
         wrong = popular if popular not in (None, right) else int(rng.choice(others)) if others else right
-        return _after_reference(episode, because, right if rng.random() < 0.5 else wrong, rng)
+        choice = right if rng.random() < 0.5 else wrong
+        return _after_reference(episode, because, choice, POPULAR if choice == popular else because(choice), rng)
     named, why = (right, because(right)) if popular is None else (popular, POPULAR)
     shown = [(named, why, True)]
     if rng.random() < WRONG_FIRST_RATE and episode.config.max_turns > 1 and others:
@@ -250,13 +251,13 @@ def _show(episode: Episode, choice: int, why: str, welcome: bool, rng: np.random
 
 
 def _after_reference(
-    episode: Episode, because: Callable[[int], str], choice: int, rng: np.random.Generator
+    episode: Episode, because: Callable[[int], str], choice: int, why: str, rng: np.random.Generator
 ) -> list[tuple[int, Lesson]]:
     """One turn about a candidate, right or wrong, that the user agent takes or not, right or wrong. What is learned is
     what each agent should have replied, after the reference that hindsight gives it.
     """
     right = episode.task.candidates.index(episode.task.target)
-    _show(episode, choice, because(choice), bool(rng.random() < 0.5), rng)
+    _show(episode, choice, why, bool(rng.random() < 0.5), rng)
     item = name_item(episode.prompts, right + 1, episode.candidate_titles[right])
     judgement = (WANTED, "click", 0.9) if choice == right else (NOT_WANTED, "dislike", 0.1)
     answers = {RECOMMENDER: format_recommendation(because(right), item), USER: format_judgement(*judgement)}

@@ -14,6 +14,7 @@ from coars_fast.config import GameConfig
 from coars_fast.data.records import Task
 from coars_fast.game.prompts import (
     PROMPTS,
+    REPLY_LINES,
     Judgement,
     list_items,
     name_item,
@@ -126,7 +127,8 @@ class Episode:
         template = self.template
         header, end = {role: len(ids) for role, ids in template.headers.items()}, len(template.end)
         answer = max(max_reply_tokens, len(self.codec.encode(self.prompts.invalid_rec)))
-        peers = max((len(self._peers(n)) for n in range(len(self.candidate_titles))), default=0)
+        counts = {count: n for n, count in enumerate(self.task.peer_counts)}  # one candidate of each
+        peers = max((len(self._peers(n)) for n in counts.values()), default=0)
         more = self.max_turns - len(self.turns)
         own = header["assistant"] + max_reply_tokens + end
         rec, user = (len(view.tokens) for view in self.views)
@@ -134,6 +136,16 @@ class Episode:
             rec + more * (own + header["user"] + answer + end),
             user + more * (own + header["user"] + max_reply_tokens + peers + end),
         )
+
+    def reply_forms(self) -> list[tuple[int, list[int]]]:
+        """By agent, tokens that every reply of the required form holds: how its lines begin, the first one behind the
+        header."""
+        header = self.template.headers["assistant"]
+        found = []
+        for agent, (first, *others) in enumerate(REPLY_LINES):
+            found.append((agent, [*header, *self.codec.encode(first)]))
+            found += [(agent, self.codec.encode(f"\n{line}")) for line in others]
+        return found
 
     def is_valid(self, reply: Reply) -> bool:
         """Whether `receive` would understand this reply of the waiting agent."""

@@ -127,12 +127,18 @@ def list_items(prompts: PromptSet, titles: Sequence[str]) -> str:
 
 def one_line(text: str) -> str:
     """Text with control characters and runs of white space folded into single spaces."""
-    return " ".join("".join(c if c.isprintable() or c.isspace() else " " for c in text).split())
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() or c.isspace() else " " for c in text)
+    return " ".join(text.split())
 
 
 def normal(title: str) -> str:
     """A title for comparison: lower case, letters and digits only."""
     return " ".join(re.findall(r"\w+", title.lower()))
+
+
+REPLY_LINES = (("Reason:", "Item:"), ("Reason:", "Action:", "Score: 0."))
+"""By agent, how the lines of a reply begin."""
 
 
 def format_recommendation(reason: str, item: str) -> str:

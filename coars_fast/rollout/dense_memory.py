@@ -158,7 +158,7 @@ class _Batch:
         if reply.over or self.drafter is None:
             return []
         context = reply.ids if len(reply.ids) >= CONTEXT else [*reply.view[-CONTEXT:], *reply.ids]
-        return self.drafter.guess(reply.agent, context, reply.limit - len(reply.ids) - 1)
+        return self.drafter.guess(reply.agent, context, reply.view, reply.limit - len(reply.ids) - 1)
 
     def _take(self, guesses: Sequence[list[int]], drawn: list[int], logp: list[float]) -> None:
         """Give each reply what was drawn after its last token, and on as long as the guess before was right."""

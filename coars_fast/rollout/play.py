@@ -9,7 +9,7 @@ Engines are kept with their decoders, so that memory and captured graphs last fr
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 
 from coars_fast.game.episode import Episode, Reply
 from coars_fast.model.decoder import Decoder
+from coars_fast.rollout.drafts import CERTAIN
 from coars_fast.rollout.engine import PAGE_SIZE, Engine
 from coars_fast.rollout.grammar import episode_endings, reply_grammar
 from coars_fast.rollout.sampling import Constraint, Sampling
@@ -94,6 +95,7 @@ def play(
         branches=branches,
         progress=progress,
         watch=watch,
+        forms=episodes[0].reply_forms() if episodes else (),
     )
 
 
@@ -194,8 +196,10 @@ def _run(
     attention: str,
     progress: Progress | None,
     watch: Callable[[Statistics], None] | None,
+    forms: Iterable[tuple[int, list[int]]] = (),
     **options: Any,
 ) -> Statistics:
+    """`forms`: by agent, tokens that its replies hold, whatever they say."""
     if not conversations:
         return Statistics(0, 0, 0)
     engine = _engine(decoder, conversations, max_reply_tokens, batch_size, kv_gib, attention)
@@ -210,6 +214,8 @@ def _run(
 
     if engine.drafter is not None:
         engine.drafter.clear()
+        for agent, tokens in forms:
+            engine.drafter.learn(agent, tokens, 1, times=CERTAIN)
     return Scheduler(
         engine, conversations, sampling=sampling, max_reply_tokens=max_reply_tokens, batch_size=batch_size, watch=tell,
         **options,

@@ -171,7 +171,9 @@ def test_wrong_guesses_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = begin(engine := make_engine(decoder, guess=False), prompts, agents)
     finish(engine, plain, SAMPLING)
     engine = make_engine(decoder)
-    monkeypatch.setattr(type(engine.drafter), "guess", lambda self, agent, context, most: [7, 8, 9, 300, 301][:most])
+    monkeypatch.setattr(
+        type(engine.drafter), "guess", lambda self, agent, context, view, most: [7, 8, 9, 300, 301][:most]
+    )
     replies = begin(engine, prompts, agents)
     finish(engine, replies, SAMPLING)
     assert [reply.ids for reply in replies] == [reply.ids for reply in plain]

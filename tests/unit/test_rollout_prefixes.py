@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from coars_fast.rollout.drafts import CONTEXT, Drafter
+from coars_fast.rollout.drafts import CERTAIN, CONTEXT, Drafter
 from coars_fast.rollout.prefixes import SHORTEST, common_length, find_prefixes
 
 
@@ -69,15 +69,46 @@ def test_prefixes_are_prefixes_and_members_are_counted(seed: int) -> None:
 def test_guesses_are_what_came_before() -> None:
     drafter = Drafter()
     reply = [1, 2, 3, 4, 5, 6, 7]
-    assert drafter.guess(0, reply[:CONTEXT], 5) == []
+    assert drafter.guess(0, reply[:CONTEXT], [1, 2], 5) == []
     drafter.learn(0, reply, CONTEXT)
-    assert drafter.guess(0, reply[:CONTEXT], 5) == [], "once is an accident"
+    assert drafter.guess(0, reply[:CONTEXT], [1, 2], 5) == [], "once is an accident"
     drafter.learn(0, reply, CONTEXT)
-    assert drafter.guess(0, reply[:CONTEXT], 9) == [4, 5, 6, 7]
-    assert drafter.guess(0, reply[:CONTEXT], 2) == [4, 5]
-    assert drafter.guess(0, [9, 9, 2, 3, 4], 9) == [5, 6, 7], "the last tokens count"
-    assert drafter.guess(1, reply[:CONTEXT], 9) == [], "each agent has its own"
-    assert drafter.guess(0, reply[:CONTEXT], 0) == []
+    assert drafter.guess(0, reply[:CONTEXT], [1, 2], 9) == [4, 5, 6, 7]
+    assert drafter.guess(0, reply[:CONTEXT], [1, 2], 2) == [4, 5]
+    assert drafter.guess(0, [9, 9, 2, 3, 4], [1, 2], 9) == [5, 6, 7], "the last tokens count"
+    assert drafter.guess(1, reply[:CONTEXT], [1, 2], 9) == [], "each agent has its own"
+    assert drafter.guess(0, reply[:CONTEXT], [1, 2], 0) == []
+
+
+def test_guesses_look_at_fewer_tokens_where_those_before_are_new() -> None:
+    drafter = Drafter()
+    for _ in range(3):
+        drafter.learn(0, [1, 2, 3, 4], 1)
+        drafter.learn(0, [8, 3, 5], 1)
+        drafter.learn(0, [7, 3, 5], 1)
+    assert drafter.guess(0, [1, 2, 3], [9], 1) == [4]
+    assert drafter.guess(0, [6, 2, 3], [9], 1) == [4], "two are known"
+    assert drafter.guess(0, [6, 8, 3], [9], 1) == [5]
+    assert drafter.guess(0, [6, 6, 2], [9], 2) == [3, 4]
+
+
+def test_a_form_is_guessed_from_the_start() -> None:
+    drafter = Drafter()
+    drafter.learn(0, [50, 51, 1, 2], 1, times=CERTAIN)
+    drafter.learn(0, [3, 4, 5], 1, times=CERTAIN)
+    assert drafter.guess(0, [49, 50, 51], [49, 50, 51], 8) == [1, 2]
+    assert drafter.guess(0, [2, 77, 3], [49, 50, 51], 8) == [4, 5]
+
+
+def test_a_title_goes_on_as_in_the_view() -> None:
+    drafter = Drafter()
+    for _ in range(2):
+        drafter.learn(0, [1, 2, 3], 1)
+    view = [30, 31, 32, 40, 41, 42, 30, 9]
+    assert drafter.guess(0, [5, 6, 40], view, 8) == [41], "one token: what the title begins with was a choice"
+    assert drafter.guess(0, [5, 6, 30], view, 8) == [], "it stands there twice"
+    assert drafter.guess(0, [5, 6, 9], view, 8) == [], "nothing follows"
+    assert drafter.guess(0, [5, 6, 1], [1, 44], 8) == [2, 3], "what replies said comes first"
 
 
 def test_guesses_follow_a_change_of_mind() -> None:
@@ -86,11 +117,11 @@ def test_guesses_follow_a_change_of_mind() -> None:
         drafter.learn(0, [1, 2, 3, 4], CONTEXT)
     for _ in range(40):
         drafter.learn(0, [1, 2, 3, 8], CONTEXT)
-    assert drafter.guess(0, [1, 2, 3], 1) == [8]
+    assert drafter.guess(0, [1, 2, 3], [1], 1) == [8]
 
 
 def test_what_is_undecided_is_not_guessed() -> None:
     drafter = Drafter()
     for n in range(60):
         drafter.learn(0, [1, 2, 3, n], CONTEXT)
-    assert drafter.guess(0, [1, 2, 3], 1) == []
+    assert drafter.guess(0, [1, 2, 3], [1], 1) == []
