@@ -143,14 +143,16 @@ def _credit(results: Results, records: Mapping[str, Mapping[int, list[dict[str, 
         for variant, of_seeds in records.items()
         for agent, kind, _ in panels
     }
-    if not any(found.values()):
+    shown = {variant for (variant, *_), means in found.items() if means}
+    if not shown:
         return None
     with plt.rc_context(SVG_STYLE):
         figure, grid = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
         for axes, (agent, kind, title) in zip(grid.flat, panels, strict=True):
             for color, variant in zip(COLORS, records, strict=False):
                 means = found[variant, agent, kind]
-                axes.plot(list(means), list(means.values()), color=color, marker="o", label=results.label(variant))
+                if variant in shown:
+                    axes.plot(list(means), list(means.values()), color=color, marker="o", label=results.label(variant))
             axes.axhline(0, color="#888888", linewidth=0.8)
             axes.set_title(title)
             axes.set_ylabel("mean credit, before centring")
