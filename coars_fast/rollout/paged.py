@@ -2,7 +2,8 @@
 
 Backends in order: `flash_attn` (its paged kernels), torch's `varlen_attn` where it takes pages, and the project's own
 kernels, which also run on a CPU (slowly, as their reference). Splitting the keys of a row is always off in the first
-two: with pages it gave NaN and wrong results (PITFALLS).
+two: with pages it gave NaN and wrong results (PITFALLS). Which builds take pages, and get them right, differs by
+release and device, so a library is tried once on two short sequences before it is chosen.
 
 Shape suffixes: N packed tokens, B rows, W columns of the page table, Hq/Hkv heads, D head size.
 """
@@ -24,6 +25,7 @@ from torch import Tensor
 from coars_fast.errors import ConfigError
 from coars_fast.rollout.pages import CachedSequence, PagePool
 from coars_kernels import PrefixGroups, paged_decode_attention, paged_prefill_attention
+from coars_kernels.paged_prefill_attention.reference import paged_prefill_attention_reference
 
 BACKENDS = ("flash_attn", "varlen_attn", "kernels")
 """In order of preference."""
@@ -118,7 +120,44 @@ def _why_not(name: str, device: torch.device, dtype: torch.dtype, head_dim: int,
     if page_size % 256:
         return f"it needs pages of a multiple of 256 tokens, not {page_size}"
     found = _flash_attn() if name == "flash_attn" else _varlen_attn()
-    return found if isinstance(found, str) else None
+    return found if isinstance(found, str) else _trial(*found, device, dtype, head_dim, page_size)
+
+
+TOLERANCE = 0.05
+"""Of a trial's results, which are about 1: ten times what bfloat16 rounds off."""
+
+
+@lru_cache(maxsize=16)
+def _trial(
+    prefill: Prefill, decode: Decode, device: torch.device, dtype: torch.dtype, head_dim: int, page_size: int
+) -> str | None:
+    """What is wrong with functions of a library on this device, by two short sequences in three pages, the first of
+    which goes on in a page behind the second's; large numbers stand where nothing may be read. None: nothing.
+    """
+    draw = torch.Generator().manual_seed(0)
+    queries, lengths = [3, 5], [page_size + 5, 7]
+    table = torch.tensor([[0, 2], [1, 1]], dtype=torch.int32)
+    q = torch.randn(sum(queries), 4, head_dim, generator=draw)
+    k, v = torch.randn(2, 3, page_size, 2, head_dim, generator=draw)
+    for page, first in ((2, 5), (1, 7)):
+        k[page, first:] = v[page, first:] = 1e4
+    places = table, torch.tensor([0, *accumulate(queries)], dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32)
+    expected = paged_prefill_attention_reference(q, k, v, *places)
+    q, k, v = (tensor.to(device, dtype) for tensor in (q, k, v))
+    table, cu_q, length = (tensor.to(device) for tensor in places)
+    last = cu_q[1:].long() - 1
+    try:
+        found = [
+            prefill(q, k, v, table, cu_q, length, max(queries), max(lengths)),
+            decode(q[last], k, v, table, length),
+        ]
+    except (RuntimeError, TypeError, ValueError) as error:
+        return f"it cannot attend over pages here: {(str(error).splitlines() or [repr(error)])[0]}"
+    for out, wanted in zip(found, (expected, expected[last.cpu()]), strict=True):
+        difference = float((out.float().cpu() - wanted).abs().max())
+        if not difference < TOLERANCE:
+            return f"its attention over pages is wrong here, off by {difference:.2g} on a trial"
+    return None
 
 
 def choose_paged_attention(

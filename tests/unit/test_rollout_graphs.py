@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from coars_fast.model.decoder import Decoder
 from coars_fast.rollout import graphs
 from coars_fast.rollout.engine import Engine
 from coars_fast.rollout.graphs import DecodeState, bucket
-from coars_fast.rollout.paged import choose_paged_attention, page_table
+from coars_fast.rollout.paged import _kernels, _trial, choose_paged_attention, page_table
 from coars_fast.rollout.paged_memory import PagedMemory
 from coars_fast.rollout.sampling import PartialReply, Sampling
-from coars_kernels import sample_with_logprob
+from coars_kernels import paged_decode_attention, paged_prefill_attention, sample_with_logprob
 from tests import tiny
 from tests.rollout_pieces import begin, finish, logp_of, make_engine, random_tokens
 
@@ -160,6 +164,45 @@ def test_the_choice_of_attention_is_explained(caplog: pytest.LogCaptureFixture) 
         choose_paged_attention(device, torch.float32, 48, 24)
     assert name == "kernels" and "flash_attn: it needs a CUDA device" in reason and "varlen_attn: it needs" in reason
     assert len([r for r in caplog.records if "attention over pages on cpu: kernels" in r.message]) <= 1
+
+
+def refused(*arguments: Any) -> Any:
+    raise RuntimeError("page tables need another build\nwith more to say")
+
+
+def too_far(q: Tensor, k: Tensor, v: Tensor, table: Tensor, *places: Any) -> Tensor:
+    """Reads behind what was written, as either function."""
+    if len(places) == 1:
+        return paged_decode_attention(q, k, v, table, places[0] + 1)
+    return paged_prefill_attention(q, k, v, table, places[0], places[1] + 1)
+
+
+def without_a_number(q: Tensor, *arguments: Any) -> Tensor:
+    return torch.full_like(q, torch.nan)
+
+
+def of_another_order(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
+    """The last page first."""
+    return paged_decode_attention(q, k, v, table.flip(1).contiguous(), lengths)
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "problem"),
+    [
+        (None, None, None),
+        (refused, None, "page tables need another build$"),
+        (None, refused, "page tables need another build$"),
+        (too_far, None, "off by"),
+        (None, too_far, "off by"),
+        (without_a_number, None, "off by nan"),
+        (None, of_another_order, "off by"),
+    ],
+)
+def test_a_library_is_tried_before_it_is_chosen(prefill: Any, decode: Any, problem: str | None) -> None:
+    ours = _kernels()
+    where: tuple[Any, ...] = (torch.device("cpu"), torch.float32, 64, 16)
+    found = _trial(prefill or ours[0], decode or ours[1], *where)
+    assert found is None if problem is None else found is not None and re.search(problem, found)
 
 
 @pytest.mark.parametrize("seed", [0, -5, 2**63 + 7, 2**64 - 1])
