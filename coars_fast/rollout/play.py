@@ -20,9 +20,11 @@ from coars_fast.model.decoder import Decoder
 from coars_fast.rollout.drafts import CERTAIN
 from coars_fast.rollout.engine import PAGE_SIZE, Engine
 from coars_fast.rollout.grammar import episode_endings, reply_grammar
+from coars_fast.rollout.protocols import Conversation
 from coars_fast.rollout.sampling import Constraint, Sampling
-from coars_fast.rollout.scheduler import Conversation, Scheduler, Statistics, check_conversations
+from coars_fast.rollout.scheduler import Scheduler, check_conversations
 from coars_fast.rollout.scoring import Branch
+from coars_fast.rollout.statistics import Statistics
 
 Progress = Callable[[int, int], None]
 

@@ -6,7 +6,7 @@ Views that wait for the partner keep their pages as long as nobody who could run
 computed again at their next turn. Prompts that several conversations share are computed once and forked. Branches of
 conversations that are over (`scoring.py`) are scored in batches from what is still cached.
 
-Imports neither a model nor a conversation: anything with `waiting`, `views` and `receive` is played.
+Imports no model: anything with `waiting`, `views` and `receive` is played.
 """
 
 from __future__ import annotations
@@ -15,117 +15,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 from coars_fast.errors import ConfigError
 from coars_fast.game.episode import Reply
 from coars_fast.rollout.pages import CachedSequence, PagePool
 from coars_fast.rollout.prefixes import Prefix, find_prefixes
+from coars_fast.rollout.protocols import Conversation, Engine
 from coars_fast.rollout.sampling import Constraint, PartialReply, Sampling
 from coars_fast.rollout.scoring import Branch, Scoring
+from coars_fast.rollout.statistics import Statistics
 
 OVER_SHARE = 8
 """A block of decoding ends when one in so many of its rows is over: then others take their places."""
-
-
-class Conversation(Protocol):
-    """What a scheduler needs of an episode."""
-
-    @property
-    def waiting(self) -> int | None:
-        """The agent who speaks next; None at the end."""
-        ...
-
-    @property
-    def views(self) -> Sequence[Any]:
-        """By agent: `tokens`, append-only; that of the waiting agent ends where its reply begins."""
-        ...
-
-    def is_valid(self, reply: Reply) -> bool:
-        """Whether a reply of the waiting agent can be understood."""
-        ...
-
-    def receive(self, reply: Reply) -> None:
-        """Take the waiting agent's reply and move on."""
-        ...
-
-    def longest_views(self, max_reply_tokens: int) -> Sequence[int]:
-        """By agent: tokens that its view has at most when its last reply ends."""
-        ...
-
-
-class Engine(Protocol):
-    """What a scheduler needs of `engine.Engine`."""
-
-    @property
-    def pool(self) -> PagePool: ...
-
-    def extend(
-        self, sequences: Sequence[CachedSequence], tokens: Sequence[Sequence[int]], agents: Sequence[int]
-    ) -> Any: ...
-
-    def decode(
-        self, replies: Sequence[PartialReply], sampling: Sampling, *, until: int | None = None
-    ) -> tuple[int, int]: ...
-
-    def score(
-        self,
-        sequences: Sequence[CachedSequence],
-        contexts: Sequence[Sequence[int]],
-        tokens: Sequence[Sequence[int]],
-        agents: Sequence[int],
-        *,
-        lengths: Sequence[int] | None = None,
-    ) -> Sequence[Any]: ...
-
-
-@dataclass
-class Statistics:
-    """What a run has done so far."""
-
-    conversations: int
-    batch_size: int
-    num_pages: int
-    done: int = 0
-    sampled_tokens: int = 0
-    extended_tokens: int = 0
-    """Prompts and partners' messages, computed in bulk."""
-    shared_tokens: int = 0
-    """Not computed, since another conversation's prompt begins alike."""
-    repeated_tokens: int = 0
-    """Computed again, since their pages had been given to others."""
-    scored_tokens: int = 0
-    """Of branches: contexts and what was scored."""
-    blocks: int = 0
-    steps: int = 0
-    row_steps: int = 0
-    pages_in_use: int = 0
-    most_pages_in_use: int = 0
-    seconds: float = 0.0
-
-    @property
-    def fill(self) -> float:
-        """Mean share of the decode batch that was at work."""
-        return self.row_steps / (self.steps * self.batch_size) if self.steps else 0.0
-
-    def metrics(self) -> dict[str, float]:
-        """For a log of steps."""
-        return {
-            "rollout_tokens": float(self.sampled_tokens),
-            "rollout_fill": self.fill,
-            "rollout_shared_tokens": float(self.shared_tokens),
-            "rollout_repeated_tokens": float(self.repeated_tokens),
-            "rollout_scored_tokens": float(self.scored_tokens),
-        }
-
-    def line(self) -> str:
-        """For a progress bar."""
-        seconds = max(self.seconds, 1e-9)
-        return (
-            f"{self.done}/{self.conversations} episodes  {self.done / seconds:.1f}/s  "
-            f"{self.sampled_tokens / seconds:,.0f} tokens/s  batch {self.fill:.0%} full  "
-            f"pages {self.pages_in_use}/{self.num_pages}"
-        )
 
 
 @dataclass(eq=False)

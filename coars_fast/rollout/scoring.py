@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from coars_fast.errors import PagesError
 from coars_fast.rollout.pages import CachedSequence
-
-if TYPE_CHECKING:
-    from coars_fast.rollout.scheduler import Conversation, Engine, Statistics
+from coars_fast.rollout.protocols import Conversation, Engine
+from coars_fast.rollout.statistics import Statistics
 
 BATCH = 32
 """Branches that are scored at once."""

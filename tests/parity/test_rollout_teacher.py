@@ -18,7 +18,7 @@ from coars_fast.learn.two_stream import two_stream
 from coars_fast.model.decoder import Decoder
 from coars_fast.rollout.engine import Engine
 from coars_fast.rollout.play import play
-from coars_fast.rollout.scheduler import Statistics
+from coars_fast.rollout.statistics import Statistics
 from coars_fast.rollout.teacher import TeacherScores
 from coars_kernels import linear_logprob
 from tests import tiny

@@ -19,8 +19,9 @@ from coars_fast.errors import ConfigError, PagesError
 from coars_fast.game.episode import Reply
 from coars_fast.rollout.pages import CachedSequence, PagePool
 from coars_fast.rollout.sampling import PartialReply, Sampling
-from coars_fast.rollout.scheduler import Scheduler, Statistics, check_conversations
+from coars_fast.rollout.scheduler import Scheduler, check_conversations
 from coars_fast.rollout.scoring import BATCH, Branch
+from coars_fast.rollout.statistics import Statistics
 
 CONTROL = frozenset({0, 1})
 VOCABULARY = 12

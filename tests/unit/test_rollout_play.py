@@ -13,7 +13,7 @@ from coars_fast.errors import ConfigError
 from coars_fast.game.episode import USER, Episode, Reply
 from coars_fast.model.decoder import Decoder
 from coars_fast.rollout.play import ask, play
-from coars_fast.rollout.scheduler import Statistics
+from coars_fast.rollout.statistics import Statistics
 from tests import tiny
 from tests.rollout_pieces import MEMORIES, random_tokens
 
