@@ -3,9 +3,9 @@
 A model that never saw the reply formats, or was given new tokens, learns them here, with what the training part says
 about users: conversations in which the recommender names the item that was really taken, because of the item of the
 history that is most like it, and the user agent takes it and turns others down; the same about single items, outside of
-a conversation; and what to reply after a reference, so that the teacher of CoARS can. A small model first learns to
-find items in lists. It is plain imitation: CoARS comes after. With `sft.popular_rate` the recommender has a fault as
-well, the one that pretrained models are known for: it names what is popular.
+a conversation. Some replies follow a reference, so that the teacher of CoARS can. A small model first learns to find
+items in lists. It is plain imitation: CoARS comes after. With `sft.popular_rate` the recommender has a fault as well,
+the one that pretrained models are known for: it names what is popular.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from coars_fast.learn.supervised import cosine, fine_tune
 from coars_fast.model.decoder import Decoder
 from coars_fast.progress import Screen
 
-REFERENCE_RATE = 0.4
-"""How often, for each conversation, both agents learn to follow a reference as well."""
+REFERENCE_RATE = 0.2
+"""Share of conversations whose last replies are learned after a reference."""
 WRONG_FIRST_RATE = 0.5
 """Share of conversations in which a wrong item comes first (the recommender does not learn that reply)."""
 LISTS_PER_CONVERSATION = 0.25
@@ -106,19 +106,17 @@ class WarmStart:
         """Lessons and their agents (None: the base model alone) of every step."""
         sft = self.config.sft
         for step in range(sft.num_steps):
-            rng, single, later = (np.random.default_rng([self.config.seed, stream, step]) for stream in (77, 78, 79))
+            rng, single = (np.random.default_rng([self.config.seed, stream, step]) for stream in (77, 78))
             if step < sft.finding_steps:
                 yield [self.finding(rng, self.longest) for _ in range(sft.batch_size)], None
                 continue
-            pairs: list[tuple[int, Lesson]] = []
-            further: list[tuple[int, Lesson]] = []
-            for task in self.tasks.warm_start_tasks(step, sft.batch_size):
-                popular = self._popular_choice(task, rng)
-                pairs += conversation(self.new_episode(task), self.space, rng, popular)
-                further.append((USER, judging(self.new_episode(task), single)))
-                if later.random() < REFERENCE_RATE:
-                    further += hindsight(self.new_episode(task), self.space, later, popular)
-            pairs += further
+            tasks = self.tasks.warm_start_tasks(step, sft.batch_size)
+            pairs = [
+                pair
+                for task in tasks
+                for pair in conversation(self.new_episode(task), self.space, rng, self._popular_choice(task, rng))
+            ]
+            pairs += [(USER, judging(self.new_episode(task), single)) for task in tasks]
             if sft.trainable == "adapters":
                 yield [lesson for _, lesson in pairs], [agent for agent, _ in pairs]
                 continue
@@ -178,47 +176,32 @@ def conversation(
     Args:
         episode: fresh, with the truth among its candidates.
         space: says which item of the history is most like a candidate.
-        rng: decides whether a wrong item comes first.
-        popular: the candidate that the recommender names because it is popular; None: it names the truth.
+        rng: decides whether a wrong item comes first, and whether the replies follow a reference.
+        popular: the candidate that the recommender names because it is popular; None: it names the truth. After a
+            reference it always names the truth.
     """
-    right = episode.task.candidates.index(episode.task.target)
-    named = right if popular is None else popular
-    shown = [(named, True)]
-    others = [i for i in range(len(episode.task.candidates)) if i not in (right, named)]
-    if rng.random() < WRONG_FIRST_RATE and episode.config.max_turns > 1 and others:
-        shown.insert(0, (int(rng.choice(others)), False))
-    for choice, _ in shown:
-        _show(episode, choice, _why(episode, space, choice, popular), choice == right, rng)
-    learned = {RECOMMENDER: [learn for _, learn in shown], USER: [True] * len(shown)}
+    task = episode.task
+
+    def because(choice: int) -> str:
+        return reason(episode.titles[task.history[space.most_alike(task.candidates[choice], task.history)]])
+
+    right = task.candidates.index(task.target)
+    wrong_first = rng.random() < WRONG_FIRST_RATE and episode.config.max_turns > 1
+    follows_reference = rng.random() < REFERENCE_RATE
+    named, why = (right, because(right)) if popular is None or follows_reference else (popular, POPULAR)
+    shown = [(named, why, True)]
+    others = [i for i in range(len(task.candidates)) if i not in (right, named)]
+    if wrong_first and others:
+        wrong = int(rng.choice(others))
+        shown.insert(0, (wrong, because(wrong), False))
+    for choice, said, _ in shown:
+        item = name_item(episode.prompts, choice + 1, episode.candidate_titles[choice])
+        episode.receive(_reply(episode, format_recommendation(said, item)))
+        episode.receive(_reply(episode, judgement_text(choice == right, rng)))
+    if follows_reference:
+        return [(agent, _after_reference(episode, agent)) for agent in (RECOMMENDER, USER)]
+    learned = {RECOMMENDER: [learn for *_, learn in shown], USER: [True] * len(shown)}
     return [(agent, _view_lesson(episode, agent, learned[agent])) for agent in (RECOMMENDER, USER)]
-
-
-def hindsight(
-    episode: Episode, space: ItemSpace, rng: np.random.Generator, popular: int | None = None
-) -> list[tuple[int, Lesson]]:
-    """Lessons of both agents from one turn about a candidate, right or wrong, that the user agent takes or not, rightly
-    or wrongly: what each should have replied, after the reference that it gets.
-
-    Args:
-        episode, space, popular: as for `conversation`; a wrong candidate is the popular one, where there is one.
-        rng: draws the turn.
-    """
-    right = episode.task.candidates.index(episode.task.target)
-    others = [i for i in range(len(episode.task.candidates)) if i != right]
-    wrong = popular if popular not in (None, right) else int(rng.choice(others)) if others else right
-    choice = right if rng.random() < 0.5 else wrong
-    _show(episode, choice, _why(episode, space, choice, popular), bool(rng.random() < 0.5), rng)
-    named = name_item(episode.prompts, right + 1, episode.candidate_titles[right])
-    judgement = (WANTED, "click", 0.9) if choice == right else (NOT_WANTED, "dislike", 0.1)
-    answers = format_recommendation(_why(episode, space, right), named), format_judgement(*judgement)
-    pairs = []
-    for agent, answer in zip((RECOMMENDER, USER), answers, strict=True):
-        view = episode.views[agent]
-        context = [*view.tokens[: view.spans[-1].fork], *branch(episode, episode.turns[-1], agent)]
-        reply = _reply(episode, answer).ids
-        is_answer = [False] * len(context) + [True] * len(reply)
-        pairs.append((agent, Lesson(tokens=[*context, *reply], is_answer=is_answer)))
-    return pairs
 
 
 def judging(episode: Episode, rng: np.random.Generator) -> Lesson:
@@ -262,16 +245,10 @@ def _view_lesson(episode: Episode, agent: int, learned: Sequence[bool]) -> Lesso
     return Lesson(tokens=view.tokens, is_answer=is_answer)
 
 
-def _why(episode: Episode, space: ItemSpace, choice: int, popular: int | None = None) -> str:
-    """What the recommender says about a candidate: that it is popular, or which item of the history is most like it."""
-    if choice == popular:
-        return POPULAR
-    task = episode.task
-    return reason(episode.titles[task.history[space.most_alike(task.candidates[choice], task.history)]])
-
-
-def _show(episode: Episode, choice: int, why: str, welcome: bool, rng: np.random.Generator) -> None:
-    """One turn: the recommender names a candidate, the user agent takes it or not."""
-    item = name_item(episode.prompts, choice + 1, episode.candidate_titles[choice])
-    episode.receive(_reply(episode, format_recommendation(why, item)))
-    episode.receive(_reply(episode, judgement_text(welcome, rng)))
+def _after_reference(episode: Episode, agent: int) -> Lesson:
+    """The last reply, after the reference that hindsight would give."""
+    view = episode.views[agent]
+    span = view.spans[-1]
+    context = [*view.tokens[: span.fork], *branch(episode, episode.turns[-1], agent)]
+    reply = view.tokens[span.start : span.end]
+    return Lesson(tokens=[*context, *reply], is_answer=[False] * len(context) + [True] * len(reply))

@@ -20,16 +20,7 @@ from coars_fast.data.world import make_world
 from coars_fast.game.episode import RECOMMENDER, USER, Episode
 from coars_fast.game.prompts import parse_judgement
 from coars_fast.progress import Screen
-from coars_fast.warm_start import (
-    ALIKE,
-    FOUND,
-    GROW_EVERY,
-    LISTS_PER_CONVERSATION,
-    QUERIES,
-    WarmStart,
-    conversation,
-    hindsight,
-)
+from coars_fast.warm_start import ALIKE, FOUND, GROW_EVERY, LISTS_PER_CONVERSATION, QUERIES, WarmStart, conversation
 from tests import tiny
 
 CONFIG = tiny.tiny_config()
@@ -288,17 +279,13 @@ def test_lists_come_first_and_some_stay_among_the_conversations(
     mixed = []
     for kind, (lessons, agents) in zip(kinds, batches, strict=True):
         talk = 0 if kind == "lists" else 16  # both agents' views of eight conversations
+        single = talk // 2  # and as many single items to judge
         lists = {"lists": 8, "both": 2, "talk": 0}[kind]
-        end = len(lessons) - lists
-        assert [is_list(lesson) for lesson in lessons] == [False] * end + [True] * lists
-        mixed += [len(parts(lesson)[1]) for lesson in lessons[end:] if kind == "both"]
-        speaker = [RECOMMENDER if text(lesson).startswith(GREETING) else USER for lesson in lessons[:end]]
-        assert speaker[:talk] == [RECOMMENDER, USER] * (talk // 2)
-        single = [agent for agent, lesson in zip(speaker, lessons, strict=False) if "try this" in text(lesson)]
-        references = [agent for agent, lesson in zip(speaker, lessons, strict=False) if "Note: " in text(lesson)]
-        assert single == [USER] * (talk // 2), "as many single items to judge"
-        assert references == [RECOMMENDER, USER] * (len(references) // 2) and talk + len(single + references) == end
-        assert agents == (speaker if trainable == "adapters" else None)
+        assert [is_list(lesson) for lesson in lessons] == [False] * (talk + single) + [True] * lists
+        mixed += [len(parts(lesson)[1]) for lesson in lessons[talk + single :] if kind == "both"]
+        opened = [text(lesson).startswith(GREETING) for lesson in lessons[: talk + single]]
+        assert opened == [True, False] * (talk // 2) + [False] * single
+        assert agents == ([RECOMMENDER, USER] * 8 + [USER] * 8 if trainable == "adapters" else None)
     assert not mixed or max(mixed) > teaching.longest == 3, "lists among conversations are of any length"
     texts = {tuple(text(lesson) for lesson in lessons) for lessons, _ in batches}
     assert len(texts) == num_steps, "every step has lessons of its own"
@@ -406,44 +393,22 @@ def test_judgements_by_hand() -> None:
 
 
 def test_a_view_teaches_all_of_the_users_replies_and_the_recommenders_right_one() -> None:
+    after_reference = 0
     for episode, ((_, recommender), (_, user)) in conversations():
-        assert recommender.tokens == episode.views[RECOMMENDER].tokens
+        last = episode.turns[-1]
+        if recommender.tokens != episode.views[RECOMMENDER].tokens:
+            # The last replies alone, after what hindsight says.
+            after_reference += 1
+            assert "Note: " in text(recommender) and "Note: " in text(user)
+            assert (learned(recommender), learned(user)) == (last.rec_text, last.user_text)
+            continue
         assert user.tokens == episode.views[USER].tokens
-        assert learned(recommender) == episode.turns[-1].rec_text, "a wrong recommendation is not learned"
+        assert learned(recommender) == last.rec_text, "a wrong recommendation is not learned"
         assert learned(user) == "".join(turn.user_text for turn in episode.turns)
         end = tiny.tokens()[1].end_of_turn
         closed = [token for token, answer in zip(user.tokens, user.is_answer, strict=True) if answer].count(end)
         assert closed == len(episode.turns), "where a reply ends is learned too"
-
-
-@pytest.mark.parametrize("popular", [None, 3])
-def test_hindsight_is_followed_whatever_was_said(popular: int | None) -> None:
-    space, seen = ItemSpace(world()[1]), Counter[tuple[bool, bool]]()
-    for n, task in enumerate(teacher().tasks.warm_start_tasks(0, 80)):
-        episode = new_episode(task)
-        (first, recommender), (second, user) = hindsight(episode, space, np.random.default_rng([2, n]), popular)
-        assert (first, second) == (RECOMMENDER, USER)
-        (turn,) = episode.turns
-        said, meant = parse_judgement(turn.user_text), parse_judgement(learned(user))
-        assert said is not None and meant is not None
-        seen[turn.hit, said.positive == turn.hit] += 1
-        named = re.fullmatch(r"Reason: likes (.+)\.\nItem: (.+)", learned(recommender))
-        assert named and named[2] == episode.titles[task.target] and number(named[1]) in task.history
-        assert f"Note: {'right' if turn.hit else 'wrong'}, the user took {named[2]}" in text(recommender)
-        assert meant.action == ("click" if turn.hit else "dislike"), "what the reference asks for"
-        assert f"Note: the user {'took' if turn.hit else 'did not take'} " in text(user) and turn.rec_text in text(user)
-        end = tiny.tokens()[1].end_of_turn
-        assert recommender.tokens[-1] == user.tokens[-1] == end and recommender.is_answer[-1] and user.is_answer[-1]
-        if popular is not None and not turn.hit and task.candidates[popular] != task.target:
-            assert turn.item == task.candidates[popular] and turn.rec_text.startswith("Reason: likes what is popular.")
-    assert set(seen) == {(a, b) for a in (False, True) for b in (False, True)} and min(seen.values()) > 8
-
-
-def test_how_often_a_reference_is_followed() -> None:
-    teaching = teacher(num_steps=1, finding_steps=0, batch_size=64)
-    (lessons, _), *_ = teaching.batches()
-    assert 2 * 15 < sum("Note: " in text(lesson) for lesson in lessons) < 2 * 37, "two in five, both agents"
-    assert len(lessons) == 3 * 64 + sum("Note: " in text(lesson) for lesson in lessons)
+    assert 5 < after_reference < 30, "one in five"
 
 
 def popular_conversations(count: int = 120) -> list[tuple[Episode, list[tuple[int, Lesson]], int]]:
@@ -456,13 +421,19 @@ def popular_conversations(count: int = 120) -> list[tuple[Episode, list[tuple[in
 
 
 def test_a_recommender_that_follows_fashion_says_so_and_learns_it() -> None:
+    after_reference = 0
     for episode, lessons, popular in popular_conversations():
         last = episode.turns[-1]
         (_, recommender), (_, user) = lessons
+        if text(recommender).count(warm_start.POPULAR) == 0:  # the last reply follows a reference: the truth is named
+            assert last.hit
+            after_reference += 1
+            continue
         assert last.item == episode.task.candidates[popular] and last.rec_text.startswith("Reason: likes what is pop")
         assert warm_start.POPULAR in learned(recommender) and learned(recommender).count("Reason:") == 1
         assert learned(user).count("Action:") == len(episode.turns)
         assert ("click" in learned(user)) == last.hit
+    assert 10 < after_reference < 40
 
 
 def test_how_often_the_recommender_follows_fashion_is_a_setting() -> None:
@@ -470,8 +441,8 @@ def test_how_often_the_recommender_follows_fashion_is_a_setting() -> None:
     for rate in (0.0, 0.7, 1.0):
         teaching = teacher(num_steps=1, finding_steps=0, batch_size=64, popular_rate=rate)
         (lessons, _), *_ = teaching.batches()
-        said[rate] = sum(warm_start.POPULAR in learned(lesson) for lesson in lessons) / 64
-    assert said[0.0] == 0.0 and 0.55 < said[0.7] < 0.85 and said[1.0] == 1.0
+        said[rate] = sum(warm_start.POPULAR in text(lesson) for lesson in lessons[::2]) / 64
+    assert said[0.0] == 0.0 and 0.4 < said[0.7] < 0.7 < said[1.0] < 1.0, "one in five follows a reference"
 
 
 def test_what_is_popular_was_taken_most_often_in_the_training_part() -> None:
