@@ -6,6 +6,7 @@ and the compiler's, which need no GPU.
 
 from __future__ import annotations
 
+import importlib.util
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,11 +24,12 @@ SHORT = {
 }  # fmt: skip
 """Arguments of pytest, with a GPU and without."""
 NOTHING_COLLECTED = 5
+WORKERS = 8
 
 
 def short(work: Work) -> Finding:
     """One size of each operation."""
-    work.once("short", lambda: run_pytest(work, "short", SHORT[work.cuda]))
+    work.once("short", lambda: run_pytest(work, "short", SHORT[work.cuda], workers=True))
     return _finding(work)
 
 
@@ -38,25 +40,27 @@ def everything(work: Work) -> Finding:
         name = group[0].stem if work.cuda else "all files"
         if name not in work.record.results and work.left() < 5.0:
             return Finding(CUT_OFF, f"{len(work.record.results)} of {len(files)} files")
-        work.once(name, lambda name=name, group=group: run_pytest(work, name, group))
+        work.once(name, lambda name=name, group=group: run_pytest(work, name, group, workers=True))
     return _finding(work)
 
 
 def gpu_files(folder: Path) -> list[Path]:
-    """Test files that speak of CUDA, by name or inside; relative to the repository."""
+    """Test files that speak of CUDA, by name or inside, those of the head first; relative to the repository."""
     files = sorted(path for path in folder.glob("test_*.py") if "cuda" in path.read_text().lower())
-    return [path.relative_to(ROOT) for path in sorted(files, key=lambda path: not _is_named(path))]
+    return [path.relative_to(ROOT) for path in sorted(files, key=_rank)]
 
 
-def _is_named(path: Path) -> bool:
-    return "gpu" in path.stem or "cuda" in path.stem
+def _rank(path: Path) -> tuple[bool, bool]:
+    return not ("gpu" in path.stem or "cuda" in path.stem), "head" not in path.stem
 
 
-def run_pytest(work: Work, name: str, arguments: Sequence[object]) -> dict[str, Any]:
-    """Counts of a run, and the first tests that failed."""
+def run_pytest(work: Work, name: str, arguments: Sequence[object], *, workers: bool = False) -> dict[str, Any]:
+    """Counts of a run, and the first tests that failed; by several processes on a GPU, where that is wanted."""
     report = work.out / f"{work.name}-{name.replace(' ', '-')}.xml"
     report.unlink(missing_ok=True)
-    options = ("-q", "-p", "no:cacheprovider", f"--junitxml={report}", "--durations=5")
+    options = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}", "--durations=5"]
+    if work.cuda and workers and importlib.util.find_spec("xdist") is not None:
+        options += ["-n", str(WORKERS)]  # most of the time goes to compiling kernels
     code, _ = work.command(python("-m", "pytest", *arguments, *options))
     found = counts(report)
     if code is None:

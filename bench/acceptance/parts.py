@@ -37,7 +37,7 @@ class Part:
 
 
 PARTS = (
-    Part("tests_short", "kernel tests: one size of each, bf16 and fp32", 6, "kernel_tests:short", ("pytest",)),
+    Part("tests_short", "kernel tests: one size of each, bf16 and fp32", 12, "kernel_tests:short", ("pytest",)),
     Part("bench_head", "the head against three bare mm and its rivals", 24, "benches:head", ("pytest",)),
     Part("tuning", "paths, chunks and tiles of the head: the table to ship", 14, "tuning:run"),
     Part(

@@ -7,16 +7,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
-
-@cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+INSTALLED = importlib.util.find_spec("triton") is not None
+"""A constant: torch 2.11 cannot compile a function that looks for a module."""
 
 
 def has_triton(tensor: Tensor) -> bool:
     """Whether Triton kernels can run on `tensor`: it is on a CUDA device and Triton is installed (as it is with torch's
     CUDA wheels for Linux). Elsewhere the plain-torch path runs."""
-    return tensor.is_cuda and _installed()
+    return tensor.is_cuda and INSTALLED
 
 
 @cache

@@ -96,7 +96,7 @@ def test_a_wrong_variant_gets_no_time_and_is_named() -> None:
     assert rows["right"].status == "ok" and rows["right"].ratio is not None and rows["right"].median is not None
     assert rows["rounded"].status == rows["poisoned"].status == "refused"
     assert rows["rounded"].median is None and set(outcome.seconds) == {"right"}
-    assert len(outcome.problems) == 2
+    assert len(outcome.problems) == 1, "a rival's wrong result is shown, and is not our failure"
     assert "double" in outcome.problems[0] and "rounded" in outcome.problems[0] and "error" in outcome.problems[0]
 
 

@@ -20,9 +20,15 @@ from bench.acceptance import benches, kernel_tests, sanitizer, tuning, verdict
 from bench.acceptance.parts import PARTS, Part
 from bench.acceptance.work import CUT_OFF, DONE, FAILED, SKIPPED, Finding, Record, Work, python, read_json, write_json
 from bench.gpu_acceptance import Run, allowance, run_logged
+from bench.presets import NO_TIME
 from bench.results import Row, to_csv
 
 IDENTITY = {"preset": "h100", "commit": "abc", "machine": "nvidia-h200", "torch": "2.11.0"}
+ROW = Row(
+    op="head", case="frozen", shape="R=64 V=100", dtype="float32", preset="h100", variant="ours", kind="ours",
+    version="coars_kernels 0.1.0", status="ok", machine="nvidia-h200", threads=2, torch="2.11.0", date="2026-01-31",
+    commit="abc",
+)  # fmt: skip
 PARTS_HERE = (Part("a", "first", 6, "x:y"), Part("b", "second", 3, "x:y"), Part("c", "third", 1, "x:y"))
 
 
@@ -225,6 +231,49 @@ def test_the_gpus_tests_come_first() -> None:
     names = [path.stem for path in kernel_tests.gpu_files(kernel_tests.ROOT / kernel_tests.TESTS)]
     assert {"test_head_gpu", "test_head_gpu_op", "test_credit_cuda"} <= set(names)
     assert names.index("test_head_gpu") < names.index("test_env_report")
+
+
+@pytest.mark.parametrize(
+    ("found", "status"),
+    [
+        ({}, "done"),
+        ({"failed": ["a test"]}, "failed"),
+        ({"failed": ["a test"], "stopped": True}, "cut off"),
+        ({"failed": ["a test"], "skipped": {NO_TIME: 2}}, "cut off"),
+        ({"skipped": {"needs another GPU": 2}}, "done"),
+    ],
+)
+def test_what_was_cut_off_is_gone_on_with_even_where_something_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: dict[str, Any], status: str
+) -> None:
+    monkeypatch.setattr(benches, "run_pytest", lambda *_: {"passed": 1, "failed": [], "skipped": {}} | found)
+    work = Work("bench_rest", tmp_path, "smoke", False, Record(tmp_path / "bench_rest.json", IDENTITY), 1e12)
+    finding = benches.run_bench(work, benches.HEAD)
+    assert finding.status == status and ("a test" in finding.summary) == ("failed" in found)
+
+
+def test_a_benches_failure_is_its_own_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of the same folder that another part measured are that part's to tell of, also in a later call."""
+    rows = {"test_head": ROW, "test_step": replace(ROW, op="step", status="refused", reason="wrong result")}
+    monkeypatch.setattr(benches, "rows_of", lambda *_: list(measured))
+    measured: list[Row] = []
+
+    def run(work: Work, name: str, arguments: object) -> dict[str, Any]:
+        measured.append(rows[name]) if rows[name] not in measured else None
+        return {"passed": 1, "failed": [], "skipped": {}}
+
+    monkeypatch.setattr(benches, "run_pytest", run)
+    for _ in range(2):
+        for part, file, status in (("head", "test_step", "failed"), ("rest", "test_head", "done")):
+            record = Record.open(tmp_path / f"{part}.json", IDENTITY)
+            finding = benches.run_bench(Work(part, tmp_path, "smoke", False, record, 1e12), Path(f"bench/{file}.py"))
+            assert finding.status == status, (part, finding)
+
+
+def test_the_worst_finding_is_told() -> None:
+    done, failed, cut_off = (Finding(status, status) for status in ("done", "failed", "cut off"))
+    assert benches.worst([done, failed, cut_off]) == cut_off and benches.worst([done, failed]) == failed
+    assert benches.worst([done, done]) == done
 
 
 def test_the_main_case_is_the_heads_main_size() -> None:

@@ -38,11 +38,15 @@ def _logits(hidden_CH: Tensor, weight_VH: Tensor, temperature: float) -> Tensor:
 
 
 def _project(gradient_CV: Tensor, weight_VH: Tensor) -> Tensor:
-    """gradient @ W, [C, H] fp32. bf16 on a GPU rounds the gradient, formed in fp32, once; fp16 would lose its tail."""
+    """gradient @ W, [C, H] fp32. With bf16 on a GPU the gradient, formed in fp32, is the sum of two bf16 numbers with a
+    product each: rounded to one, and the result rounded again, it would miss the bound of 2e-3."""
     if weight_VH.dtype == torch.float32:
         return torch.mm(gradient_CV, weight_VH)
     if weight_VH.is_cuda and weight_VH.dtype == torch.bfloat16:
-        return torch.mm(gradient_CV.bfloat16(), weight_VH, out_dtype=torch.float32)
+        upper_CV = gradient_CV.bfloat16()
+        lower_CV = (gradient_CV - upper_CV).bfloat16()
+        lower_CH = torch.mm(lower_CV, weight_VH, out_dtype=torch.float32)
+        return torch.mm(upper_CV, weight_VH, out_dtype=torch.float32).add_(lower_CH)
     out_CH = gradient_CV.new_zeros(len(gradient_CV), weight_VH.shape[1])
     for slab in range(0, len(weight_VH), WIDEN_ROWS):
         columns = slice(slab, slab + WIDEN_ROWS)
