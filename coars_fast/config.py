@@ -166,8 +166,8 @@ class RolloutConfig:
     batch_size: int = 128
     """Episodes played at the same time."""
     kv_gib: float | None = None
-    """GiB of memory for keys and values. By default what the episodes need, up to half of what is free; with less, some
-    are computed again."""
+    """GiB of memory for keys and values. By default what the episodes need, up to a third of what is free; with less,
+    some are computed again."""
     attention: Literal["auto", "dense", "flash_attn", "varlen_attn", "kernels"] = "auto"
     """Attention of a rollout: `dense` on a CPU, the others over pages on a GPU. An explicit choice that cannot be met
     here is an error."""

@@ -23,6 +23,8 @@ SHORT = {
     False: ("tests/kernels/test_paired_linear_logprob.py",),
 }  # fmt: skip
 """Arguments of pytest, with a GPU and without."""
+REPLAYS = Path("tests/parity/test_rollout_cuda.py")
+"""What CUDA graphs of the rollout replay; begins the long part."""
 NOTHING_COLLECTED = 5
 WORKERS = 8
 
@@ -35,7 +37,7 @@ def short(work: Work) -> Finding:
 
 def everything(work: Work) -> Finding:
     """Every file, those that are for a GPU first; on a CPU together, since most of it skips itself."""
-    files = gpu_files(ROOT / TESTS)
+    files = [REPLAYS, *gpu_files(ROOT / TESTS)]
     for group in [[file] for file in files] if work.cuda else [files]:
         name = group[0].stem if work.cuda else "all files"
         if name not in work.record.results and work.left() < 5.0:

@@ -171,6 +171,7 @@ class Replays:
         self._states: dict[int, DecodeState] = {}
         self._graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
         self._graph_memory: Any = None
+        self._warm_up_stream: torch.cuda.Stream | None = None
 
     def run(self, replies: Sequence[PartialReply], sampling: Sampling, until: int, steps: int) -> list[Tensor]:
         """Draw tokens until so many replies are over; [steps, n] tokens and log-probs."""
@@ -228,7 +229,9 @@ class Replays:
         groups = state.groups
         state.load([], sampling)
         state.groups = groups  # as many operations as with them
-        stream = torch.cuda.Stream()
+        if self._warm_up_stream is None:  # one for all captures: libraries keep a workspace for each stream
+            self._warm_up_stream = torch.cuda.Stream()
+        stream = self._warm_up_stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             steps()

@@ -37,7 +37,8 @@ class PagedMemory:
         addresses = self.forward.weights.addresses()
         if addresses != self._addresses:
             self._addresses = addresses
-            self.replays = Replays(self.pool, self.attention, lambda: Forward(self.forward.weights), self.width)
+            weights = self.forward.weights  # not self: in a cycle the pages would outlive their last use
+            self.replays = Replays(self.pool, self.attention, lambda: Forward(weights), self.width)
 
     _addresses: list[int] | None = None
 

@@ -8,6 +8,7 @@ Engines are kept with their decoders, so that memory and captured graphs last fr
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,10 @@ from coars_fast.rollout.scoring import Branch
 from coars_fast.rollout.statistics import Statistics
 
 Progress = Callable[[int, int], None]
+
+
+SHARE = 1 / 3
+"""Of the free memory that keys and values may take where `rollout.kv_gib` does not say: a training step comes after."""
 
 
 class _Engines(dict[str, Engine]):
@@ -66,7 +71,7 @@ def play(
         batch_size: episodes at the same time.
         resample_invalid: draw an invalid reply once more (at temperature 1), as an evaluation does.
         constrained: hold replies to their format; log-probs are then those of what was allowed.
-        kv_gib: memory for keys and values; None takes what the episodes need, up to half of what is free.
+        kv_gib: memory for keys and values; None takes what the episodes need, up to a third of what is free.
         attention: as for `Engine`.
         branches: of episode i, once it is over, what is to be scored before this returns (see `teacher.py`).
         progress: called with (episodes done, episodes).
@@ -241,17 +246,23 @@ def _engine(
     needed = sum(sorted(needs, reverse=True)[:batch_size])
     known: _Engines = vars(decoder).setdefault("_rollout_engines", _Engines())
     engine = known.get(attention)
-    room = _free_bytes(head.device) // 2 if kv_gib is None else int(kv_gib * 2**30)
-    if engine is not None and (engine.device, engine.pool.kv.dtype) == (head.device, head.dtype):
-        used = engine.pool.num_pages
-        if needed <= used and (kv_gib is None or used * page_bytes <= room):
+    if engine is not None and (engine.device, engine.pool.kv.dtype) != (head.device, head.dtype):
+        engine = None
+    held = 0 if engine is None else engine.pool.num_pages
+    # What an engine holds counts as free, or the share would be another at every call.
+    free = SHARE * (_free_bytes(head.device) + held * page_bytes) if kv_gib is None else kv_gib * 2**30
+    # A little more than is needed now, so that the next call's slightly longer conversations fit as well.
+    num_pages = max(1, min(needed + needed // 4, int(free // page_bytes)))
+    if engine is not None and (kv_gib is None or held * page_bytes <= free):
+        little_more = num_pages <= held + held // 4 and max(needs) <= held
+        if needed <= held or num_pages <= held or little_more:
             engine.refresh()
             return engine
-        room += used * page_bytes if kv_gib is None else 0
-    known.pop(attention, None)
-    del engine  # before memory is taken
-    # A little more than is needed now, so that the next call's slightly longer conversations fit as well.
-    num_pages = max(1, min(needed + needed // 4, room // page_bytes))
+    replaced, engine = known.pop(attention, None) is not None, None
+    if replaced:  # before memory is taken; what a reference cycle holds would be there beside the new
+        gc.collect()
+        if head.is_cuda:
+            torch.cuda.empty_cache()
     made = Engine(decoder, num_pages=num_pages, page_size=page_size, attention=attention)
     known[attention] = made
     return made
@@ -259,7 +270,8 @@ def _engine(
 
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError):  # not every system says; `kv_gib` does

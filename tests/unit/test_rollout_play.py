@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ import torch
 from coars_fast.errors import ConfigError
 from coars_fast.game.episode import USER, Episode, Reply
 from coars_fast.model.decoder import Decoder
+from coars_fast.rollout import play as play_module
+from coars_fast.rollout.engine import Engine
+from coars_fast.rollout.pages import PagePool
 from coars_fast.rollout.play import ask, play
 from coars_fast.rollout.statistics import Statistics
 from tests import tiny
@@ -96,6 +100,36 @@ def test_a_memory_for_one_turn_is_enough() -> None:
     assert figures[-1].num_pages == -(-longest // 16) and figures[-1].repeated_tokens > 0
     with pytest.raises(ConfigError, match=rf"up to {longest} tokens does not fit the K/V memory .*rollout.kv_gib"):
         played(decoder, 8, 8, kv_gib=gib - 1e-9)
+
+
+@pytest.mark.parametrize("attention", MEMORIES)
+def test_a_scarce_memory_is_made_once(attention: str) -> None:
+    """Half of what all need: the next calls play with it, and take nothing anew."""
+    decoder, page = tiny.taught_decoder(), 16 * 2 * 2 * 2 * 8 * 4
+    needs = sum(2 + n // 16 for episode in range(8) for n in tiny.new_episode(episode).longest_views(24))
+    engines = set()
+    for _ in range(3):
+        played(decoder, 8, 8, kv_gib=page * (needs // 2) / 2**30, attention=attention)
+        engines.add(id(vars(decoder)["_rollout_engines"][attention]))
+    assert len(engines) == 1 and vars(decoder)["_rollout_engines"][attention].pool.num_pages == needs // 2
+
+
+@pytest.mark.parametrize("attention", MEMORIES)
+def test_a_memory_that_is_replaced_is_given_back_first(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = tiny.taught_decoder()
+    held: list[weakref.ref[PagePool]] = []
+    make = play_module.Engine
+
+    def count(*arguments: Any, **options: Any) -> Engine:
+        assert not any(pool() is not None for pool in held), "the old pages are there beside the new ones"
+        made = make(*arguments, **options)
+        held.append(weakref.ref(made.pool))
+        return made
+
+    monkeypatch.setattr(play_module, "Engine", count)
+    for episodes in (2, 8, 40):
+        played(decoder, episodes, episodes, attention=attention)
+    assert len(held) == 3
 
 
 def test_an_adapter_that_is_not_loaded_is_refused() -> None:
