@@ -46,10 +46,10 @@ class Parts:
     base: str
     """Path or hub id of the frozen base."""
 
-    def episode(self, task: Task, *, max_turns: int | None = None, memory: str = "") -> Episode:
+    def episode(self, task: Task, memory: str = "") -> Episode:
         """A fresh conversation about a task; see :class:`Episode`."""
         titles, game = self.dataset.titles, self.config.game
-        return Episode(task, titles, self.codec, self.template, game, max_turns=max_turns, memory=memory)
+        return Episode(task, titles, self.codec, self.template, game, memory=memory)
 
 
 def build(config: Config, folder: Path, screen: Screen, *, adapters_follow: bool = False) -> Parts:

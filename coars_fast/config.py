@@ -16,7 +16,7 @@ from coars_fast.errors import ConfigError
 Objective = Literal["faithful", "clipped", "cispo", "gspo"]
 StageSensitivity = Literal["asym", "linear", "log", "none"]
 Excluded = Literal["recommender", "both", "none"]
-CreditForm = Literal["token", "gated", "turn", "shuffled", "constant"]
+CreditForm = Literal["token", "gated", "shuffled", "constant"]
 Reference = Literal["template", "truth", "diagnosis", "other_user", "empty"]
 Rewards = Literal["coupled", "outcome", "none"]
 
@@ -186,8 +186,8 @@ class LossConfig:
     """Bound of a token's credit."""
     credit_form: CreditForm = "token"
     """`token`: Eq. 10; `gated`: times the sigmoid of the difference of log-probs, which keeps what the teacher endorses
-    and softens what it rejects; `turn`: each token gets its turn's mean. Controls: `shuffled`, the credits of other
-    tokens of the update; `constant`, one negative number for each token of probability below .5, 0 for the others."""
+    and softens what it rejects. Controls: `shuffled`, the credits of other tokens of the update; `constant`, one
+    negative number for each token of probability below .5, 0 for the others."""
     credit_center: bool | None = None
     """Subtract each agent's mean credit over the batch; by default for every objective but `faithful`. The mean is
     negative, and uncentred pushes down all that was said, the reply's form too."""
@@ -224,9 +224,6 @@ class TrainConfig:
     """Training steps: each plays episodes, rewards them and updates both adapters."""
     episodes_per_step: int = 64
     """Episodes a step."""
-    depth_steps: int = 0
-    """Steps over which training episodes grow from 1 turn to `game.max_turns` (after TCOD, arXiv 2604.24005); 0: all
-    turns from the beginning."""
     group_size: int = 1
     """Episodes of the same user and target within a step."""
     minibatches: int = 1

@@ -26,7 +26,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda value: value >= 0,
         "seed world.seed sasrec.seed data.eval_seed data.min_item_interactions data.num_peers sasrec.num_epochs "
         "sasrec.patience sasrec.dropout game.alpha game.memory loss.credit_weight loss.kl_weight loss.clip_low "
-        "loss.clip_high train.num_steps train.depth_steps train.user_learning_rate_factor train.warmup_steps "
+        "loss.clip_high train.num_steps train.user_learning_rate_factor train.warmup_steps "
         "train.weight_decay sft.num_steps sft.finding_steps eval.every eval.num_samples eval.num_disc_users",
     ),
     (
@@ -89,14 +89,6 @@ def _contradictions(config: Config) -> list[str]:
         (
             objective == "faithful" and train.minibatches > 1,
             "--objective faithful has no importance ratio: train.minibatches must be 1",
-        ),
-        (
-            train.depth_steps > 0 and config.game.max_turns == 1,
-            "train.depth_steps: episodes of game.max_turns 1 have nothing to grow to; leave one of them away",
-        ),
-        (
-            train.depth_steps > train.num_steps > 0,
-            f"train.depth_steps: {train.depth_steps} are more than all steps, train.num_steps ({train.num_steps})",
         ),
         (
             config.game.reference != "template" and not config.loss.credit_weight,

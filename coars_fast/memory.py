@@ -25,7 +25,6 @@ def fresh_episodes(
     seed: int,
     temperature: float,
     resample_invalid: bool = False,
-    max_turns: int | None = None,
 ) -> list[Episode]:
     """An episode for each task, ready to be played; without `game.memory` nothing else happens.
 
@@ -34,7 +33,6 @@ def fresh_episodes(
         tasks: what the episodes are about.
         seed: of the sessions' sampling noise: that with which the episodes will be played.
         temperature, resample_invalid: how the sessions are played: as the episodes will be.
-        max_turns: of the episodes, if fewer than the game's; sessions have all.
 
     Raises:
         ConfigError: as `play` does.
@@ -45,7 +43,7 @@ def fresh_episodes(
     earlier = [parts.tasks.earlier_tasks(task, count) if count else [] for task in tasks]
     for number in range(max(map(len, earlier), default=0)):
         told = [i for i, sessions in enumerate(earlier) if number < len(sessions)]
-        episodes = [parts.episode(earlier[i][number], memory=memories[i]) for i in told]
+        episodes = [parts.episode(earlier[i][number], memories[i]) for i in told]
         play(
             parts.decoder,
             episodes,
@@ -60,6 +58,4 @@ def fresh_episodes(
         )
         for i, episode in zip(told, episodes, strict=True):
             memories[i] += session_text(episode)
-    return [
-        parts.episode(task, max_turns=max_turns, memory=memory) for task, memory in zip(tasks, memories, strict=True)
-    ]
+    return [parts.episode(task, memory) for task, memory in zip(tasks, memories, strict=True)]

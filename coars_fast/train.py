@@ -67,13 +67,7 @@ def run_steps(config: Config, run: RunFolder, start: Path | None, screen: Screen
         for step in range(first_step, config.train.num_steps):
             begun = time.perf_counter()
             seed, temperature = config.seed * 1_000_003 + step, config.rollout.temperature
-            episodes = fresh_episodes(
-                parts,
-                parts.tasks.train_tasks(step),
-                seed=seed,
-                temperature=temperature,
-                max_turns=episode_depth(config, step),
-            )
+            episodes = fresh_episodes(parts, parts.tasks.train_tasks(step), seed=seed, temperature=temperature)
             scores = TeacherScores(config.game) if config.loss.teacher_placement == "engine" else None
             rollout = play(
                 parts.decoder,
@@ -106,12 +100,6 @@ def run_steps(config: Config, run: RunFolder, start: Path | None, screen: Screen
                 save(run, learner, parts, done)
             advance(done, step_line(metrics))
     finish(parts, run, before, screen)
-
-
-def episode_depth(config: Config, step: int) -> int:
-    """Turns of a training episode at a step (from 0): from 1 to `game.max_turns`, evenly over `train.depth_steps`."""
-    most, over = config.game.max_turns, config.train.depth_steps
-    return most if step >= over else 1 + (most - 1) * step // over
 
 
 def first_evaluation(parts: Parts, run: RunFolder, screen: Screen) -> Evaluation:

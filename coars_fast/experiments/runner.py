@@ -1,4 +1,4 @@
-"""Runs the cells of an experiment, each by `python -m coars_fast.train` in a process of its own.
+"""Runs the cells of an experiment, each as `python -m coars_fast.train` would, in a process of its own.
 
     DIR/runs/DATASET/SEED/VARIANT/   an ordinary run folder, and in it
         train.log                    what the run said
@@ -12,23 +12,22 @@ first cell in the file's order runs alone: the others use what it leaves in the 
 from __future__ import annotations
 
 import fcntl
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import FrameType
-from typing import Literal, TextIO
+from typing import Literal
 
 from coars_fast import cli
 from coars_fast.config import Config
 from coars_fast.errors import RunFolderError
 from coars_fast.experiments.grid import Cell
+from coars_fast.experiments.process import start_training
 from coars_fast.progress import Screen
 from coars_fast.state.files import atomic_write_text, json_text, read_json
 from coars_fast.state.run_folder import differences
@@ -128,7 +127,7 @@ class Grid:
                         waiting.remove(cell)
                         running.append(Job.start(cell, self.folder(cell), self.flags(cell)))
                     time.sleep(POLL_SECONDS)
-                    for job in [job for job in running if job.process.poll() is not None]:
+                    for job in [job for job in running if job.process.exitcode is not None]:
                         running.remove(job)
                         error = job.finish()
                         state = self.state(job.cell)
@@ -167,22 +166,15 @@ class Job:
 
     cell: Cell
     folder: Path
-    process: subprocess.Popen[bytes]
-    log: TextIO
+    process: ForkServerProcess
     begun: float
 
     @classmethod
     def start(cls, cell: Cell, folder: Path, flags: Sequence[str]) -> Job:
-        """One process, one thread: what cells compute does not depend on how many of them run."""
+        """Ctrl-C reaches this process alone, which then stops the cells one by one."""
         folder.mkdir(parents=True, exist_ok=True)
-        log = open(folder / "train.log", "a", encoding="utf-8")
-        command = [sys.executable, "-m", "coars_fast.train", *flags]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        # A session of its own: Ctrl-C reaches this process alone, which then stops the cells one by one.
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
-        )
-        return cls(cell, folder, process, log, time.monotonic())
+        (folder / "train.log").touch()
+        return cls(cell, folder, start_training(flags, folder / "train.log"), time.monotonic())
 
     @property
     def seconds(self) -> float:
@@ -195,8 +187,7 @@ class Job:
 
     def finish(self) -> str:
         """Note how the attempt ended; returns what went wrong, or nothing."""
-        self.log.close()
-        status, before = self.process.returncode, _attempts(self.folder)
+        status, before = self.process.exitcode, _attempts(self.folder)
         lines = _tail(self.folder / "train.log")
         error = "" if status == 0 else (lines[-1] if lines else f"exit status {status}")
         record = {"seconds": before["seconds"] + self.seconds, "exit_status": status, "error": error}
@@ -206,12 +197,10 @@ class Job:
     def stop(self) -> None:
         """End the run; the cell counts as cut off."""
         self.process.terminate()
-        try:
-            self.process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
+        self.process.join(timeout=20)
+        if self.process.exitcode is None:
             self.process.kill()
-            self.process.wait()
-        self.log.close()
+            self.process.join()
 
 
 class Clock:

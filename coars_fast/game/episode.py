@@ -84,7 +84,6 @@ class Episode:
         titles: the catalogue.
         codec, template: the model's tokens.
         config: turns, prompts and rewards.
-        max_turns: how many turns it has at most, if fewer than `config.max_turns`, by which D_t goes all the same.
         memory: of earlier sessions (`game.memory.session_text`), behind the history in both views.
     """
 
@@ -96,11 +95,9 @@ class Episode:
         template: TokenTemplate,
         config: GameConfig,
         *,
-        max_turns: int | None = None,
         memory: str = "",
     ):
         self.task, self.titles, self.codec, self.template, self.config = task, titles, codec, template, config
-        self.max_turns = config.max_turns if max_turns is None else max_turns
         self.prompts = PROMPTS[config.prompts]
         self.candidate_titles = [one_line(titles[i]) for i in task.candidates]
         self.turns: list[Turn] = []
@@ -129,7 +126,7 @@ class Episode:
         answer = max(max_reply_tokens, len(self.codec.encode(self.prompts.invalid_rec)))
         counts = {count: n for n, count in enumerate(self.task.peer_counts)}  # one candidate of each
         peers = max((len(self._peers(n)) for n in counts.values()), default=0)
-        more = self.max_turns - len(self.turns)
+        more = self.config.max_turns - len(self.turns)
         own = header["assistant"] + max_reply_tokens + end
         rec, user = (len(view.tokens) for view in self.views)
         return (
@@ -231,7 +228,7 @@ class Episode:
             exclude=game.exclude_accepted_misses,
         )
         clicked = turn.judgement is not None and turn.judgement.action == "click"
-        if clicked or turn.number == self.max_turns:
+        if clicked or turn.number == self.config.max_turns:
             self._end()
             return
         self.views[RECOMMENDER].tokens.extend(self.template.message("user", answer))

@@ -69,27 +69,19 @@ def credit_of(form: CreditForm, tokens: TokenCredits, *, clip: float, seed: int)
     """[R] credit of each token, within [-clip, clip], before centring; 0 in turns that are not counted.
 
     `token`: clip(gap), Eq. 10. `gated` (after arXiv 2605.15155): clip(gap) sigmoid(gap), so that what the teacher
-    endorses keeps its credit and what it rejects loses most of it. `turn` (after arXiv 2608.05987): the mean clip(gap)
-    of the turn. `shuffled`: clip(gap) of another token of the same agent, drawn without replacement from `seed`.
-    `constant` (after arXiv 2608.31046): the same negative number for every token under which the student's probability
-    is below `UNLIKELY`, 0 for the others; per agent so large that the credits' absolute sum is that of `token`, unless
-    the clip is in the way.
+    endorses keeps its credit and what it rejects loses most of it. `shuffled`: clip(gap) of another token of the same
+    agent, drawn without replacement from `seed`. `constant` (after arXiv 2608.31046): the same negative number for
+    every token under which the student's probability is below `UNLIKELY`, 0 for the others; per agent so large that the
+    credits' absolute sum is that of `token`, unless the clip is in the way.
     """
     credit = tokens.gap.clamp(-clip, clip).where(tokens.counted, 0.0)
     if form == "gated":
         return credit * torch.sigmoid(tokens.gap).where(tokens.counted, 0.0)
-    if form == "turn":
-        return _turn_means(credit, tokens.turn)
     if form == "shuffled":
         return _shuffled(credit, tokens, seed)
     if form == "constant":
         return _constant(credit, tokens, clip)
     return credit
-
-
-def _turn_means(credit: Tensor, turn: Tensor) -> Tensor:
-    lengths = turn.bincount()
-    return (credit.new_zeros(len(lengths)).index_add(0, turn, credit) / lengths.clamp(min=1))[turn]
 
 
 def _shuffled(credit: Tensor, tokens: TokenCredits, seed: int) -> Tensor:

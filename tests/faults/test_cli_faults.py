@@ -116,7 +116,6 @@ def test_no_number_may_be_negative():
         "sft.num_steps",
         "sft.finding_steps",
         "train.warmup_steps",
-        "train.depth_steps",
         "game.memory",
         "eval.num_samples",
         "eval.num_disc_users",

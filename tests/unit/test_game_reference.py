@@ -202,7 +202,7 @@ def test_references_that_could_do_nothing_are_refused() -> None:
     for game, loss, train in (
         (GameConfig(reference="truth"), LossConfig(credit_weight=0.0), TrainConfig()),
         (GameConfig(reference="other_user"), LossConfig(), TrainConfig(episodes_per_step=8, group_size=8)),
-        (GameConfig(reference="empty"), LossConfig(credit_form="turn"), TrainConfig()),
+        (GameConfig(reference="empty"), LossConfig(credit_form="gated"), TrainConfig()),
         (GameConfig(reference="empty", rewards="none"), LossConfig(), TrainConfig()),
     ):
         with pytest.raises(ConfigError, match="^game.reference: "):

@@ -47,10 +47,6 @@ def test_a_gate_keeps_endorsements_and_softens_rejections() -> None:
     assert shaped("gated") == pytest.approx([*expected, -0.3 * sigmoid(-0.3), 0.2 * sigmoid(0.2), 0.0])
 
 
-def test_a_turns_credit_is_the_mean_of_its_clipped_credits() -> None:
-    assert shaped("turn") == pytest.approx([-0.25, -0.25, 0.25, 0.25, -0.05, -0.05, 0.0])
-
-
 def test_shuffled_credit_is_another_order_of_each_agents_own() -> None:
     many = 60
     given = tokens(

@@ -87,7 +87,7 @@ def test_earlier_sessions_are_about_what_was_taken_before_and_never_show_the_tar
 
 def test_fresh_episodes_hold_the_sessions_in_order_and_are_the_same_again(parts: Parts) -> None:
     tasks, titles = parts.tasks.eval_tasks, parts.dataset.titles
-    first, again = (fresh_episodes(parts, tasks, seed=5, temperature=1.0, max_turns=1) for _ in range(2))
+    first, again = (fresh_episodes(parts, tasks, seed=5, temperature=1.0) for _ in range(2))
     for task, episode, twin in zip(tasks, first, again, strict=True):
         sequence = parts.tasks.split.sequences[task.user]
         at = sequence.index(task.target)
@@ -97,7 +97,6 @@ def test_fresh_episodes_hold_the_sessions_in_order_and_are_the_same_again(parts:
                 f"{titles[i]}." for i in sequence[at - 2 : at]
             ]
             assert episode.views[agent].tokens == twin.views[agent].tokens
-        assert episode.max_turns == 1
         # As in any episode, nothing but the candidates names what is to be found.
         assert titles[task.target] not in episode.codec.decode(episode.views[USER].tokens)
 
