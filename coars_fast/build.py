@@ -13,12 +13,13 @@ import torch
 from coars_fast.cache import put_folder, warm_base_key
 from coars_fast.config import Config
 from coars_fast.data.load import describe_left_out, load_dataset
+from coars_fast.data.playable import check_tasks
 from coars_fast.data.records import Dataset, Task
 from coars_fast.data.sasrec import SASRec, train_sasrec
-from coars_fast.data.splits import make_split
+from coars_fast.data.splits import Split, make_split
 from coars_fast.data.tasks import TaskSource
 from coars_fast.data.world import KINDS
-from coars_fast.errors import ConfigError, ModelError
+from coars_fast.errors import ConfigError, ModelError, RunFolderError
 from coars_fast.game.episode import Episode
 from coars_fast.game.template import TextCodec, TokenTemplate, make_template
 from coars_fast.model.attention import choose_backend
@@ -52,7 +53,9 @@ class Parts:
         return Episode(task, titles, self.codec, self.template, game, memory=memory)
 
 
-def build(config: Config, folder: Path, screen: Screen, *, adapters_follow: bool = False) -> Parts:
+def build(
+    config: Config, folder: Path, screen: Screen, *, adapters_follow: bool = False, only_read: bool = False
+) -> Parts:
     """Load and prepare everything; what took long is kept in the run folder and read from it by a resumed run.
 
     Args:
@@ -60,6 +63,10 @@ def build(config: Config, folder: Path, screen: Screen, *, adapters_follow: bool
         folder: the run folder: `sasrec-*.safetensors`, and `base/` where the base model was changed.
         screen: shows progress.
         adapters_follow: adapters will be loaded from a checkpoint, so they need no warm start.
+        only_read: SASRec and the base model must be in the folder: it may be another process's.
+
+    Raises:
+        RunFolderError: with `only_read`, they are not there.
     """
     device = _device(config)
     dataset = load_dataset(config)
@@ -69,10 +76,15 @@ def build(config: Config, folder: Path, screen: Screen, *, adapters_follow: bool
     )
     if dataset.reading is not None and dataset.reading.left_out:
         screen.say(f"left out: {describe_left_out(dataset)}")
-    tasks = TaskSource(dataset, config, _sasrec(config, dataset, folder, screen))
+    split = make_split(dataset, config.data)
+    for warning in check_tasks(dataset, split, config):
+        screen.say(f"note: {warning}")
+    tasks = TaskSource(dataset, config, _sasrec(config, dataset, split, folder, screen, only_read), split)
     changed = config.model.tokenizer == "catalogue" or (config.warm_start and config.sft.trainable == "all")
     own_base = folder / "base"
     if changed and not (own_base / "config.json").is_file():  # written last
+        if only_read:
+            raise RunFolderError(f"{own_base}: the run has not made its base model yet; try again when it plays")
         _make_base(config, tasks, own_base, device, screen)
     source = str(own_base) if changed else config.model.path or str(TINY_BASE)
     dtype = _dtype(config, device)
@@ -160,14 +172,17 @@ def _check_vocabulary(codec: TextCodec, decoder: Decoder, source: str) -> None:
         )
 
 
-def _sasrec(config: Config, dataset: Dataset, folder: Path, screen: Screen) -> SASRec:
+def _sasrec(config: Config, dataset: Dataset, split: Split, folder: Path, screen: Screen, only_read: bool) -> SASRec:
     """SASRec of this data set and these settings: from the run folder, from `sasrec.cache`, or trained."""
-    split = make_split(dataset, config.data)
     settings = {name: value for name, value in asdict(config.sasrec).items() if name != "cache"}
     text = json.dumps([settings, dataset.num_items, split.train_sequences])
     path = folder / f"sasrec-{hashlib.sha256(text.encode()).hexdigest()[:12]}.safetensors"
     if path.is_file():
         return SASRec.load(path)
+    if only_read:
+        raise RunFolderError(
+            f"{path}: no such file: the run has not trained SASRec yet, or {dataset.name} is not the data that it read"
+        )
     shared = Path(config.sasrec.cache) / path.name if config.sasrec.cache else None
     if shared is not None and shared.is_file():
         screen.say(f"SASRec from {shared}")

@@ -25,7 +25,8 @@ import tyro
 
 from coars_fast.config import Config
 from coars_fast.config_checks import check
-from coars_fast.errors import CoarsError, ConfigError
+from coars_fast.errors import CoarsError, ConfigError, RunFolderError
+from coars_fast.state.files import read_json
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -106,13 +107,18 @@ def main_guard(main: Callable[P, R]) -> Callable[P, R]:
         try:
             return main(*args, **kwargs)
         except CoarsError as error:
-            print(f"error: {_fold(str(error))}", file=sys.stderr)
+            print(f"error: {_printable(_fold(str(error)))}", file=sys.stderr)
             raise SystemExit(2) from error
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise SystemExit(130) from None
 
     return guarded
+
+
+def _printable(text: str) -> str:
+    """`text` with escapes for what could steer a terminal: errors quote files."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 # Presets ------------------------------------------------------------------------------------------------------------
@@ -157,6 +163,21 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 def config_from_dict(table: Mapping[str, Any], source: str = "config.json") -> Config:
     """The inverse of :func:`config_to_dict`. Missing keys take their default; `source` names the file in errors."""
     return overlay(Config(), table, source)
+
+
+def read_run_config(folder: Path) -> Config:
+    """The settings of a run, from its folder.
+
+    Raises:
+        RunFolderError: the folder holds no run, or one with settings that this version does not have.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise RunFolderError(f"{folder}: no config.json; name the folder of a run")
+    try:
+        return config_from_dict(read_json(path), str(path))
+    except ConfigError as error:
+        raise RunFolderError(f"{error}; was the run made by another version of coars_fast?") from error
 
 
 def overlay(base: T, table: Mapping[str, Any], source: str, prefix: str = "") -> T:

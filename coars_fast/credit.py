@@ -24,7 +24,7 @@ from coars_fast import cli
 from coars_fast.build import Parts
 from coars_fast.config import Config
 from coars_fast.data.records import Trajectory
-from coars_fast.errors import ConfigError, RunFolderError
+from coars_fast.errors import ConfigError
 from coars_fast.game.episode import AGENTS, RECOMMENDER, USER, Episode, Reply, Turn
 from coars_fast.game.trajectory import trajectories
 from coars_fast.memory import fresh_episodes
@@ -33,7 +33,7 @@ from coars_fast.progress import Screen
 from coars_fast.resume import load_run
 from coars_fast.rollout.play import ask, play
 from coars_fast.rollout.teacher import TeacherScores
-from coars_fast.state.files import atomic_write_text, json_text, read_json
+from coars_fast.state.files import atomic_write_text, json_text
 
 KINDS = ("reason", "decision")
 """Tokens before a reply's last `Item:` or `Action:` line, and from there on."""
@@ -187,9 +187,7 @@ def study_run(options: CreditConfig) -> Path:
     if options.episodes < 1:
         raise ConfigError(f"--episodes {options.episodes}: give at least 1")
     folder = Path(options.run)
-    if not (folder / "config.json").is_file():
-        raise RunFolderError(f"{folder}: no config.json; name the folder of a run")
-    config = cli.config_from_dict(read_json(folder / "config.json"))
+    config = cli.read_run_config(folder)
     config = replace(config, game=replace(config.game, reference=_reference(config, options.reference)))
     screen = Screen()
     found = study(load_run(config, folder, screen), options.episodes)

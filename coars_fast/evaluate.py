@@ -1,6 +1,6 @@
 """Evaluate both agents on held-out users: conversations (greedy and sampled) and the F1-disc test of the user agent.
 
-    python -m coars_fast.evaluate RUN            # the adapters of a finished or running run
+    python -m coars_fast.evaluate RUN            # the adapters of a finished or running run, in which nothing changes
 
 Figures and protocol are DESIGN section 8's: Hit@1 of the last recommendation, F1-loop per turn, F1-disc on 20 items at
 1:1, 1:3 and 1:9, all with 95% bootstrap intervals over users. No reference is ever written here, and nothing is
@@ -19,10 +19,13 @@ import tyro
 
 from coars_fast import cli
 from coars_fast.build import Parts
-from coars_fast.config import Config
+from coars_fast.config import Config, DataConfig
 from coars_fast.config_checks import check
+from coars_fast.data.playable import DISC_RATIOS, check_tasks
 from coars_fast.data.records import DiscriminationTask
-from coars_fast.errors import RunFolderError
+from coars_fast.data.splits import make_split, other_eval_users
+from coars_fast.data.tasks import TaskSource
+from coars_fast.errors import ConfigError
 from coars_fast.game.episode import USER, Episode, Reply, judgement_prompt
 from coars_fast.game.metrics import (
     CONFUSION,
@@ -42,9 +45,8 @@ from coars_fast.progress import Screen
 from coars_fast.resume import load_run
 from coars_fast.rollout.grammar import judgement_endings, reply_grammar
 from coars_fast.rollout.play import ask, play
-from coars_fast.state.files import atomic_write_text, json_text, read_json
+from coars_fast.state.files import atomic_write_text, json_text
 
-RATIOS = (1, 3, 9)
 Progress = Callable[[str, int, int], None]
 
 
@@ -114,8 +116,8 @@ def evaluate(parts: Parts, *, short: bool = False, progress: Progress | None = N
                     row[name] += count
         if config.eval.num_samples:
             tables["sampled"] = table(rows)
-        for ratio in RATIOS:
-            tasks = parts.tasks.disc_tasks(ratio)[: config.eval.num_disc_users]
+        for ratio in DISC_RATIOS:
+            tasks = parts.tasks.disc_tasks(ratio)
             if tasks:
                 tables[f"disc@1:{ratio}"] = table(discriminate(parts, config, tasks, report(f"disc 1:{ratio}")))
     return Evaluation(tables, greedy)
@@ -204,9 +206,9 @@ class EvaluateConfig:
     run: tyro.conf.Positional[str]
     """Run folder."""
     eval_seed: int | None = None
-    """Other evaluation users, candidates and sampling noise than the run's."""
+    """Other candidates and sampling noise than the run's, and another order of its held-out users."""
     num_eval_users: int | None = None
-    """How many users, if not as many as the run's."""
+    """How many users, if not as many as the run's; there are no more than the run held out."""
     candidates: str | None = None
     """Other candidates than the run's (see `data.candidates`); figures of different modes are not comparable."""
     constrained: bool = False
@@ -215,32 +217,53 @@ class EvaluateConfig:
     """Where to write the figures. Default: `RUN/evaluation-<settings>.json`."""
 
 
+def evaluated_by(parts: Parts, data: DataConfig, screen: Screen) -> Parts:
+    """A run with an evaluation of other settings, on users that it did not train on if it held some out.
+
+    Raises:
+        DataError: there are too few items for other candidates.
+    """
+    before, dataset = parts.tasks, parts.dataset
+    config = replace(parts.config, data=data)
+    if data.hold_out_users:
+        split = other_eval_users(before.split, parts.config.data, data)
+    else:
+        split = make_split(dataset, data)
+    for warning in check_tasks(dataset, split, config):
+        screen.say(f"note: {warning}")
+    return replace(parts, config=config, tasks=TaskSource(dataset, config, before.maker.sasrec, split))
+
+
 def evaluate_run(options: EvaluateConfig) -> Path:
     """Evaluate the newest adapters of a run; prints a table, writes a JSON file and returns its path."""
     folder = Path(options.run)
-    if not (folder / "config.json").is_file():
-        raise RunFolderError(f"{folder}: no config.json; name the folder of a run")
-    config = cli.config_from_dict(read_json(folder / "config.json"))
+    config = cli.read_run_config(folder)
+    if options.out is not None and not Path(options.out).parent.is_dir():
+        raise ConfigError(f"--out {options.out}: no folder {Path(options.out).parent}; make it first")
     changes: dict[str, Any] = {
         name: value
         for name in ("eval_seed", "num_eval_users", "candidates")
         if (value := getattr(options, name)) is not None
     }
-    config = replace(config, data=replace(config.data, **changes))
-    check(config)
+    data = replace(config.data, **changes)
+    check(replace(config, data=data))
     if options.constrained:
         config = replace(config, rollout=replace(config.rollout, constrained=True))
         changes["constrained"] = True
     screen = Screen()
     parts = load_run(config, folder, screen)
+    if changes:
+        parts = evaluated_by(parts, data, screen)
     with screen.bar("evaluation", 100) as advance:
         found = evaluate(parts, progress=lambda part, done, of: advance(100 * done // of, part))
-    figures = found.metrics(config)
+    figures = found.metrics(parts.config)
     for name, interval in figures.items():
         screen.say(f"{name:28} {interval['value']:.3f}  [{interval['low']:.3f}, {interval['high']:.3f}]")
     suffix = "-".join(f"{name}-{value}" for name, value in changes.items()) or "again"
     path = Path(options.out) if options.out else folder / f"evaluation-{suffix}.json"
-    atomic_write_text(path, json_text({"metrics": figures, "settings": changes, "users": found.counts()}))
+    users = [task.user for task in parts.tasks.eval_tasks]
+    record = {"metrics": figures, "settings": changes, "users": found.counts(), "ids": users}
+    atomic_write_text(path, json_text(record))
     screen.say(f"written to {path}")
     return path
 

@@ -83,8 +83,6 @@ def experiment(options: ExperimentConfig, flags: Sequence[str] = ()) -> int:
                 f"{out}: {len(changed)} cells were run with other settings, the first {changed[0].name}: "
                 f"{states[changed[0]].note}. Run them again with --rerun-changed, or choose another --out"
             )
-        for cell in changed:
-            grid.forget(cell)
         todo = [cell for cell, state in states.items() if state.kind != "finished"]
         screen.say(f"{file}: {len(cells)} cells, {len(cells) - len(todo)} finished, {len(todo)} to run, in {out}")
         failed = grid.run(todo, options.jobs, screen)
@@ -100,7 +98,7 @@ def write(options: ExperimentConfig, found: Experiment, grid: Grid, screen: Scre
     from coars_fast.experiments.results import Results
     from coars_fast.experiments.tables import publish, write_tables
 
-    grid.out.mkdir(parents=True, exist_ok=True)
+    grid.make()
     results = Results(found, grid)
     figures = write_figures(results, grid, grid.out)
     table = write_tables(results, grid.out, figures)

@@ -24,6 +24,7 @@ Record = Mapping[str, Any]
 # Okabe and Ito's palette, told apart with any colour vision; black and yellow are left out.
 BLUE, ORANGE, GREEN, PINK, SKY, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
 STYLE: dict[Any, Any] = {
+    "text.parse_math": False,  # labels are texts of files
     "font.size": 10,
     "axes.titlesize": 11.5,
     "axes.titleweight": "bold",

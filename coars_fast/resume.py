@@ -96,11 +96,16 @@ def save(run: RunFolder, learner: Learner, parts: Parts, step: int) -> None:
 
 
 def load_run(config: Config, folder: Path, screen: Screen) -> Parts:
-    """Everything of a run with the adapters that it saved last; before the first, it is the model before training."""
+    """Everything of a run with the adapters that it saved last; before the first, it is the model before training.
+    Nothing is written: the run may be going on.
+
+    Raises:
+        RunFolderError: the run has not come so far yet, or its data has changed.
+    """
     from coars_fast.build import build
 
     is_trained = (folder / "adapters").is_dir()
-    parts = build(config, folder, screen, adapters_follow=is_trained)
+    parts = build(config, folder, screen, adapters_follow=is_trained, only_read=True)
     if is_trained:
         for agent, name in enumerate(AGENTS):
             load_peft(parts.decoder, agent, folder / "adapters" / name)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from coars_fast.config import DataConfig, parse_candidates
+from coars_fast.config import Config, DataConfig
 from coars_fast.data.load import describe_left_out
+from coars_fast.data.playable import check_tasks
 from coars_fast.data.records import Dataset
 from coars_fast.data.splits import make_split
+from coars_fast.errors import DataError
 
 
 def inspection(dataset: Dataset, data: DataConfig) -> list[tuple[str, str]]:
@@ -47,8 +49,6 @@ def inspection(dataset: Dataset, data: DataConfig) -> list[tuple[str, str]]:
 
 def _split(dataset: Dataset, data: DataConfig) -> list[tuple[str, str]]:
     split = make_split(dataset, data)
-    size = parse_candidates(data.candidates).size
-    few = sum(dataset.num_items - len(sequence) < size for sequence in dataset.sequences)
     parts = sum(map(len, split.train_sequences))
     own = " (set apart by the data set)" if dataset.test_users else ""
     rows = [
@@ -57,9 +57,11 @@ def _split(dataset: Dataset, data: DataConfig) -> list[tuple[str, str]]:
         ("users of training episodes", f"{len(split.train_users):,}"),
         ("users evaluated", f"{len(split.eval_users):,}{own}"),
     ]
-    if few:
-        rows.append(("warning", f"{few:,} users left fewer than {size} items untaken: too few for {data.candidates}"))
-    return rows
+    try:
+        warnings = check_tasks(dataset, split, Config(data=data))
+    except DataError as error:
+        warnings = [str(error)]
+    return rows + [("warning", warning) for warning in warnings]
 
 
 def _spread(counts: np.ndarray) -> str:

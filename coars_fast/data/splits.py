@@ -10,7 +10,7 @@ users (LLaRA), those are evaluated instead of users drawn from all.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import numpy as np
@@ -103,6 +103,22 @@ def make_split(dataset: Dataset, config: DataConfig) -> Split:
         eval_users=tuple(drawn),
         train_users=tuple(user for user in range(dataset.num_users) if user not in held_out),
     )
+
+
+def other_eval_users(split: Split, drawn_with: DataConfig, config: DataConfig) -> Split:
+    """The split of a run, evaluated by other settings: users that play in none of its training episodes, the run's own
+    first, in another order where `eval_seed` is another; fewer than `num_eval_users` where there are no more.
+
+    Args:
+        split: of a run that holds its evaluation's users out.
+        drawn_with: the run's settings.
+        config: those of the evaluation.
+    """
+    trained = {*split.train_users, *split.eval_users}
+    users = np.array([*split.eval_users, *(user for user in range(len(split.sequences)) if user not in trained)])
+    if config.eval_seed != drawn_with.eval_seed:
+        users = keyed_rng(Purpose.EVAL_USERS, config.eval_seed).permutation(users)
+    return replace(split, eval_users=tuple(users[: config.num_eval_users].tolist()))
 
 
 def train_order(split: Split, *, seed: int, step: int, n: int) -> list[tuple[int, int, int]]:

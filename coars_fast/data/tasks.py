@@ -6,25 +6,20 @@ resume gives the same one. :class:`TaskMaker` makes single tasks, :class:`TaskSo
 
 from __future__ import annotations
 
-import logging
 from functools import cached_property
 
 import numpy as np
 
 from coars_fast.config import Config, DataConfig, parse_candidates
 from coars_fast.data.peers import Peers
+from coars_fast.data.playable import DISC_ITEMS, WARM_START_POSITION, can_discriminate, num_positive
 from coars_fast.data.ranking import full_ranking
 from coars_fast.data.records import Dataset, DiscriminationTask, Task
 from coars_fast.data.sasrec import SASRec
 from coars_fast.data.splits import Purpose, Split, keyed_rng, make_split, train_order
-from coars_fast.errors import ConfigError, DataError
+from coars_fast.errors import DataError
 
-_LOG = logging.getLogger(__name__)
-
-DISC_ITEMS = 20
-"""Items of a discrimination task."""
 _BLOCK = 256
-_WARM_START_POSITION = 3  # a conversation about a shorter history teaches little
 
 
 class TaskMaker:
@@ -35,9 +30,8 @@ class TaskMaker:
             raise DataError(
                 f"SASRec knows {sasrec.num_items} items, {dataset.name} has {dataset.num_items}; train it again"
             )
-        self.dataset, self.split, self.sasrec = dataset, split, sasrec
+        self.dataset, self.split, self.sasrec, self.config = dataset, split, sasrec, config
         self.mode = parse_candidates(config.candidates)
-        self.history_length = config.history_length
         self._peers = Peers(
             sasrec.user_embeddings(split.train_sequences),
             split.train_sequences,
@@ -54,9 +48,6 @@ class TaskMaker:
             rng: draws random candidates and the order in which candidates are shown.
             random_candidates: the truth and random items, whatever `data.candidates` says (the warm start, where
                 SASRec has seen the target).
-
-        Raises:
-            DataError: the catalogue holds too few other items for this user.
         """
         sequence = self.split.sequences[user]
         target = sequence[position]
@@ -71,7 +62,7 @@ class TaskMaker:
         peers, similarity = self._peers.nearest(user)
         return Task(
             user=user,
-            history=sequence[max(0, position - self.history_length) : position],
+            history=sequence[max(0, position - self.config.history_length) : position],
             target=target,
             candidates=tuple(candidates),
             peer_counts=self._peers.counts(peers, candidates),
@@ -79,16 +70,14 @@ class TaskMaker:
             peer_similarity=similarity,
         )
 
-    def discrimination_task(self, user: int, num_positive: int, rng: np.random.Generator) -> DiscriminationTask | None:
+    def discrimination_task(self, user: int, ratio: int, rng: np.random.Generator) -> DiscriminationTask:
         """20 items: the test target, other items that the user took but that the shown history lacks, and items never
-        taken, shuffled. None if the user took too few."""
+        taken, `ratio` times as many, shuffled. Only for users of whom `can_discriminate` holds."""
         sequence, position = self.split.sequences[user], self.split.test_position(user)
-        start = max(0, position - self.history_length)
+        start, count = max(0, position - self.config.history_length), num_positive(ratio)
         older = np.array(sequence[:start], dtype=np.int64)
-        if len(older) < num_positive - 1:
-            return None
-        positive = [sequence[position], *rng.choice(older, num_positive - 1, replace=False).tolist()]
-        items = positive + self._never_taken(user, DISC_ITEMS - num_positive, rng)
+        positive = [sequence[position], *rng.choice(older, count - 1, replace=False).tolist()]
+        items = positive + self._never_taken(user, DISC_ITEMS - count, rng)
         order = rng.permutation(DISC_ITEMS).tolist()
         shown = [items[i] for i in order]
         peers, _ = self._peers.nearest(user)
@@ -96,7 +85,7 @@ class TaskMaker:
             user=user,
             history=sequence[start:position],
             items=tuple(shown),
-            labels=tuple(i < num_positive for i in order),
+            labels=tuple(i < count for i in order),
             peer_counts=self._peers.counts(peers, shown),
             num_peers=len(peers),
         )
@@ -105,13 +94,7 @@ class TaskMaker:
         """`count` different items that the user took at no time, test target and training targets included."""
         free = np.ones(self.dataset.num_items, dtype=bool)
         free[list(self.split.sequences[user])] = False
-        pool = np.flatnonzero(free)
-        if len(pool) < count:
-            raise DataError(
-                f"{self.dataset.name}: user {self.dataset.user_ids[user]} took all but {len(pool)} of "
-                f"{self.dataset.num_items} items, {count} others are needed; make data.candidates smaller"
-            )
-        return rng.choice(pool, count, replace=False).tolist()
+        return rng.choice(np.flatnonzero(free), count, replace=False).tolist()
 
     def _top(self, user: int, position: int) -> list[int]:
         """SASRec's best `mode.size` items for what the user took before `position`, best first. Scored for blocks of
@@ -127,12 +110,6 @@ class TaskMaker:
         histories = [s[:-offset] for s in self.split.sequences[number * _BLOCK : (number + 1) * _BLOCK]]
         scores = self.sasrec.score(histories)
         for row, history in enumerate(histories):
-            if self.dataset.num_items - len(history) < self.mode.size:
-                user = self.dataset.user_ids[number * _BLOCK + row]
-                raise DataError(
-                    f"{self.dataset.name}: user {user} took {len(history)} of {self.dataset.num_items} items, too few "
-                    f"are left for {self.mode.size} candidates; make data.candidates smaller"
-                )
             scores[row, list(history)] = -np.inf
         return np.argsort(-scores, axis=1, kind="stable")[:, : self.mode.size]
 
@@ -140,16 +117,12 @@ class TaskMaker:
 class TaskSource:
     """The tasks of a run. `config.seed` draws the training's, `config.data.eval_seed` the evaluation's."""
 
-    def __init__(self, dataset: Dataset, config: Config, sasrec: SASRec):
-        """`sasrec` must have been trained on `make_split(dataset, config.data).train_sequences`."""
+    def __init__(self, dataset: Dataset, config: Config, sasrec: SASRec, split: Split | None = None):
+        """`sasrec` must have been trained on the split's `train_sequences`; by default it is `make_split`'s. That all
+        tasks can be made, `playable.check_tasks` has found."""
         self.config = config
-        self.split = make_split(dataset, config.data)
-        found, wanted = len(self.split.eval_users), config.data.num_eval_users
-        if found < wanted:
-            _LOG.warning("data.num_eval_users: %d of %d users asked for are evaluated", found, wanted)
+        self.split = make_split(dataset, config.data) if split is None else split
         self.maker = TaskMaker(dataset, self.split, config.data, sasrec)
-        self.disc_skipped: dict[int, int] = {}
-        """ratio -> evaluation users that :meth:`disc_tasks` passed over because they took too few items."""
 
     def train_tasks(self, step: int) -> list[Task]:
         """`train.episodes_per_step` tasks of this step (from 0), the `group_size` copies of each side by side."""
@@ -175,48 +148,22 @@ class TaskSource:
 
     def disc_tasks(self, ratio: int) -> list[DiscriminationTask]:
         """Discrimination tasks with `ratio` negatives per positive (1: 10/10, 3: 5/15, 9: 2/18) of the first
-        `eval.num_disc_users` evaluation users who took enough items.
-
-        Raises:
-            DataError: no evaluation user took enough.
-        """
-        if ratio < 1 or DISC_ITEMS % (1 + ratio):
-            raise ValueError(f"ratio: {ratio} must be 1, 3, 4, 9 or 19 to split {DISC_ITEMS} items")
-        tasks, skipped = [], 0
-        for user in self.split.eval_users:
-            if len(tasks) == self.config.eval.num_disc_users:
-                break
-            rng = keyed_rng(Purpose.DISCRIMINATION, self.config.data.eval_seed, user, ratio)
-            task = self.maker.discrimination_task(user, DISC_ITEMS // (1 + ratio), rng)
-            if task is None:
-                skipped += 1
-            else:
-                tasks.append(task)
-        self.disc_skipped[ratio] = skipped
-        if not tasks and self.config.eval.num_disc_users > 0:
-            raise DataError(
-                f"{self.maker.dataset.name}: no evaluation user took {DISC_ITEMS // (1 + ratio)} items beside the "
-                f"{self.config.data.history_length} shown; lower data.history_length or raise data.min_interactions"
-            )
-        return tasks
+        `eval.num_disc_users` evaluation users who took enough items and left enough."""
+        dataset, data = self.maker.dataset, self.config.data
+        able = [user for user in self.split.eval_users if can_discriminate(dataset, self.split, user, ratio, data)]
+        return [
+            self.maker.discrimination_task(user, ratio, keyed_rng(Purpose.DISCRIMINATION, data.eval_seed, user, ratio))
+            for user in able[: self.config.eval.num_disc_users]
+        ]
 
     def warm_start_tasks(self, step: int, n: int) -> list[Task]:
-        """n tasks for supervised fine-tuning: training users, targets inside their training parts, random candidates.
-
-        Raises:
-            ConfigError: no training part has more than 3 items.
-        """
+        """n tasks for supervised fine-tuning: training users, targets in their training parts, random candidates."""
         parts = self.split.train_sequences
-        users = [user for user in self.split.train_users if len(parts[user]) > _WARM_START_POSITION]
-        if not users:
-            raise ConfigError(
-                f"data.min_interactions: the warm start needs training parts of more than {_WARM_START_POSITION} "
-                f"items, this data set has none at data.train_targets = {self.split.train_targets}"
-            )
+        users = [user for user in self.split.train_users if len(parts[user]) > WARM_START_POSITION]
         rng = keyed_rng(Purpose.WARM_START, self.config.seed, step)
         tasks = []
         for user in rng.choice(users, n, replace=n > len(users)).tolist():
-            position = int(rng.integers(_WARM_START_POSITION, len(parts[user])))
+            position = int(rng.integers(WARM_START_POSITION, len(parts[user])))
             tasks.append(self.maker.task(user, position, rng, random_candidates=True))
         return tasks
 

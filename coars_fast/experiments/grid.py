@@ -19,7 +19,8 @@
     label = "without credit"
     loss.credit_weight = 0
 
-Later ones win: preset, base, flags of the command line, data set, seed, variant. No torch here.
+Later ones win: preset, base, flags of the command line, data set, seed, variant. The variants of a data set and seed
+are evaluated on the same users and candidates. No torch here.
 """
 
 from __future__ import annotations
@@ -39,6 +40,11 @@ from coars_fast.errors import ConfigError
 TOP_LEVEL = ("extends", "seeds", "compare", "curves", "base", "per_seed", "datasets", "variants")
 SETTINGS = tuple(f.name for f in fields(Config) if f.name not in ("out", "resume", "preset"))
 """What a table of settings may hold at its top; where a cell runs is not its own to say."""
+EVALUATED = (
+    "path", "format", "min_interactions", "min_item_interactions", "hold_out_users", "eval_seed", "num_eval_users",
+    "candidates",
+)  # fmt: skip
+"""Settings of `data` that say on which users and candidates a cell is evaluated; all of `world` does so too."""
 SASREC = "sasrec_top1"
 """The row of SASRec's best candidate: it needs no run, every cell's evaluation.json has its hits."""
 Table = dict[str, Any]
@@ -143,11 +149,17 @@ def load_experiment(path: Path, flags: Sequence[str] = ()) -> Experiment:
                     config = cli.overlay(seeded, v.settings, f"{source}: variants.{v.name}")
                     cell = Cell(dataset=dataset, seed=seed, variant=v.name, config=config)
                     cells.append(_checked(cell, source))
+    if not cells:
+        raise ConfigError(f"{source}: no variant runs on any data set and seed, so there is nothing to do")
+    _comparable(cells, source)
+    labels = {name: str(entry.get("label", name)) for name, entry in datasets.items()}
+    _told_apart(labels, f"{source}: datasets")
+    _told_apart({name: variant.label for name, variant in variants.items()}, f"{source}: variants")
     return Experiment(
         name=path.stem,
         source=source,
         seeds=seeds,
-        datasets={name: str(entry.get("label", name)) for name, entry in datasets.items()},
+        datasets=labels,
         variants=variants,
         compare=_names(table.get("compare", []), variants, f"{source}: compare"),
         curves=_names(table.get("curves", []), variants, f"{source}: curves"),
@@ -254,20 +266,26 @@ def _variant(name: str, entry: Table, datasets: tuple[str, ...], seeds: tuple[in
     settings = _settings(entry, f"variants.{name}", source, also=("label", "datasets", "seeds"))
     chosen = settings.pop("datasets", list(datasets))
     given = settings.pop("seeds", len(seeds))
-    wanted = seeds[:given] if type(given) is int else _seeds(given, f"{where}.seeds")
+    if type(given) is int and given > 0:
+        wanted = seeds[:given]
+    else:
+        wanted = _seeds(given, f"{where}.seeds")
+        for seed in wanted:
+            if seed not in seeds:
+                raise ConfigError(f"{where}.seeds: {seed} is not among the file's seeds {list(seeds)}")
     return Variant(
         name=name,
         label=str(entry.get("label", name)),
-        datasets=_names(chosen, datasets, f"{where}.datasets"),
+        datasets=_names(chosen, datasets, f"{where}.datasets", empty=False),
         seeds=tuple(seed for seed in seeds if seed in wanted),
         settings=settings,
     )
 
 
-def _names(value: Any, known: Iterable[str], where: str) -> tuple[str, ...]:
-    """One name or a list of names, each of which exists."""
+def _names(value: Any, known: Iterable[str], where: str, *, empty: bool = True) -> tuple[str, ...]:
+    """One name or a list of names, each of which exists; an empty list only if that may be."""
     names, known = [value] if isinstance(value, str) else value, list(known)
-    if not isinstance(names, list):
+    if not isinstance(names, list) or not (names or empty):
         raise ConfigError(f"{where}: expected a name or a list of names, got {value!r}")
     for name in names:
         if name not in known:
@@ -280,6 +298,42 @@ def _seeds(value: Any, where: str) -> tuple[int, ...]:
     if not whole or len(set(value)) < len(value):
         raise ConfigError(f"{where}: expected a list of different whole numbers such as [71, 72, 73], got {value!r}")
     return tuple(value)
+
+
+def _comparable(cells: Sequence[Cell], source: str) -> None:
+    """Raise :class:`ConfigError` if seeds are no different runs, or variants would not be evaluated on the same."""
+    first: dict[tuple[str, int], Cell] = {}
+    other_seeds: dict[tuple[str, str], Cell] = {}
+    for cell in cells:
+        alike = other_seeds.setdefault((cell.dataset, cell.variant), cell)
+        if alike is not cell and alike.config == cell.config:
+            raise ConfigError(
+                f"{source}: seeds: {alike.name} and {cell.name} have the same settings and would be the same run; say "
+                'what a seed sets, as in [per_seed] seed = "{seed}"'
+            )
+        beside = first.setdefault((cell.dataset, cell.seed), cell)
+        ours, theirs = _evaluated(cell.config), _evaluated(beside.config)
+        for name in ours:
+            if ours[name] != theirs[name]:
+                raise ConfigError(
+                    f"{source}: variants.{cell.variant}: {name} is {ours[name]}, that of {beside.variant} is "
+                    f"{theirs[name]}: they would be evaluated on different users or candidates and could not be "
+                    "compared; set it in [base] or [per_seed], or make two data sets of them"
+                )
+
+
+def _evaluated(config: Config) -> dict[str, Any]:
+    """Setting -> value: what a cell is evaluated on."""
+    found = {f"data.{name}": getattr(config.data, name) for name in EVALUATED}
+    return found | {f"world.{f.name}": getattr(config.world, f.name) for f in fields(config.world)}
+
+
+def _told_apart(labels: Mapping[str, str], where: str) -> None:
+    """Raise :class:`ConfigError` if a table would call two of them the same."""
+    names: dict[str, str] = {}
+    for name, label in labels.items():
+        if names.setdefault(label, name) != name:
+            raise ConfigError(f"{where}: {names[label]} and {name} are both called {label!r}; give another `label`")
 
 
 def _checked(cell: Cell, source: str) -> Cell:

@@ -11,10 +11,9 @@ import numpy as np
 
 from coars_fast.errors import RunFolderError
 from coars_fast.experiments.grid import SASREC, Cell, Experiment
-from coars_fast.experiments.runner import Grid
+from coars_fast.experiments.runner import Grid, finished_evaluation
 from coars_fast.experiments.statistics import Difference, Estimate, TwoLevel, holm
 from coars_fast.game.metrics import Metric, Table, metrics_of
-from coars_fast.state.files import read_json
 
 SASREC_METRICS = ("hit@1",)
 
@@ -68,7 +67,7 @@ class Results:
         self.experiment = experiment
         self.states = {cell: grid.state(cell) for cell in experiment.cells}
         self.records = {
-            cell: read_json(grid.folder(cell) / "evaluation.json")
+            cell: finished_evaluation(grid.folder(cell))
             for cell, state in self.states.items()
             if state.kind == "finished"
         }

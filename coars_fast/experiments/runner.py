@@ -25,7 +25,7 @@ from typing import Literal
 
 from coars_fast import cli
 from coars_fast.config import Config
-from coars_fast.errors import RunFolderError
+from coars_fast.errors import CoarsError, RunFolderError
 from coars_fast.experiments.grid import Cell
 from coars_fast.experiments.process import start_training
 from coars_fast.progress import Screen
@@ -84,15 +84,18 @@ class Grid:
     def state(self, cell: Cell) -> State:
         """How far the cell is, by what its folder holds."""
         folder = self.folder(cell)
-        attempts = _attempts(folder)
-        if (folder / "config.json").is_file():
-            there = cli.config_from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
-            changed = differences(cli.config_to_dict(there), cli.config_to_dict(cell.config), NOT_THE_CELLS)
-            if changed:
-                listing = "; ".join(f"{name} was {old}, now {new}" for name, (old, new) in changed.items())
-                return State("changed", listing)
-            if (folder / "evaluation.json").is_file() and "after" in read_json(folder / "evaluation.json"):
-                return State("finished")
+        try:
+            attempts = _attempts(folder)
+            if (folder / "config.json").is_file():
+                there = cli.read_run_config(folder)
+                changed = differences(cli.config_to_dict(there), cli.config_to_dict(cell.config), NOT_THE_CELLS)
+                if changed:
+                    listing = "; ".join(f"{name} was {old}, now {new}" for name, (old, new) in changed.items())
+                    return State("changed", listing)
+                if "after" in finished_evaluation(folder):
+                    return State("finished")
+        except CoarsError as error:
+            return State("changed", str(error))
         if attempts["exit_status"] not in (None, 0):
             return State("failed", attempts["error"])
         return State("cut off" if (folder / "metrics.jsonl").is_file() else "to run")
@@ -101,14 +104,11 @@ class Grid:
         """How long the cell's attempts took in all."""
         return _attempts(self.folder(cell))["seconds"]
 
-    def forget(self, cell: Cell) -> None:
-        """Delete the cell's folder."""
-        shutil.rmtree(self.folder(cell))
-
     # ---------------------------------------------------------------------------------------------------------- runs
 
     def run(self, todo: Sequence[Cell], jobs: int, screen: Screen) -> list[Cell]:
-        """Run cells, at most `jobs` at a time; what fails is said at once and the others go on.
+        """Run cells, at most `jobs` at a time; what fails is said at once and the others go on. Folders of cells that
+        have changed are deleted first.
 
         Returns:
             The cells that failed.
@@ -117,10 +117,14 @@ class Grid:
             RunFolderError: another process works in this folder.
         """
         waiting, running, failed = list(todo), [], []
-        opened = {_group(cell) for cell in self.cells if self.state(cell).kind == "finished"}
-        clock = Clock({cell: self.seconds(cell) for cell in self.cells if self.state(cell).kind == "finished"})
+        finished = [cell for cell in self.cells if self.state(cell).kind == "finished"]
+        opened = {_group(cell) for cell in finished}
+        clock = Clock({cell: self.seconds(cell) for cell in finished})
         done = 0
         with self._held(), _stoppable(), screen.bar("cells", len(todo)) as advance:
+            for cell in todo:
+                if self.state(cell).kind == "changed":
+                    shutil.rmtree(self.folder(cell))
             try:
                 while waiting or running:
                     for cell in _startable(waiting, [job.cell for job in running], opened, jobs):
@@ -146,10 +150,17 @@ class Grid:
                     job.stop()
         return failed
 
+    def make(self) -> None:
+        """The experiment's folder, where it is not there yet."""
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunFolderError(f"--out {self.out}: cannot be a folder: {error.strerror}; choose another") from error
+
     @contextmanager
     def _held(self) -> Iterator[None]:
         """The lock of the experiment's folder; the system takes it back however the process ends."""
-        self.out.mkdir(parents=True, exist_ok=True)
+        self.make()
         with open(self.out / "experiment.lock", "a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -249,6 +260,19 @@ def _startable(waiting: Sequence[Cell], running: Sequence[Cell], opened: set, jo
 
 def _group(cell: Cell) -> tuple[str, int]:
     return cell.dataset, cell.seed
+
+
+def finished_evaluation(folder: Path) -> dict:
+    """A run's `evaluation.json`, with the users' counts that tables are made from.
+
+    Raises:
+        CheckpointError, RunFolderError: it cannot be read.
+    """
+    path = folder / "evaluation.json"
+    record = read_json(path) if path.is_file() else {}
+    if "after" in record and not {"ids", "after"} <= record.get("users", {}).keys():
+        raise RunFolderError(f"{path}: no counts by user; the run was made by another version of coars_fast")
+    return record
 
 
 def _attempts(folder: Path) -> dict:

@@ -185,11 +185,12 @@ def test_a_run_folder_that_is_a_file_is_refused(
     assert path.read_text() == "x"
 
 
-def test_a_history_too_long_for_the_discrimination_test_names_the_setting(
+def test_candidates_that_a_user_does_not_leave_are_refused_before_anything_is_trained(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    message = refused(capsys, tmp_path / "run", model__path=model, data__history_length=12)
-    assert "data.history_length" in message
+    message = refused(capsys, tmp_path / "run", model__path=model, data__candidates="random50+gt")
+    assert "data.candidates" in message and "took 16 of 60" in message and "at most 45 candidates" in message
+    assert not list((tmp_path / "run").glob("sasrec-*"))
 
 
 def test_the_program_itself_ends_with_one_line_and_status_2(tmp_path: Path) -> None:

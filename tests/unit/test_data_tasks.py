@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from dataclasses import replace
 
@@ -11,9 +10,10 @@ import pytest
 
 from coars_fast.config import Config, DataConfig, EvalConfig, SASRecConfig, TrainConfig, WorldConfig
 from coars_fast.data.peers import Peers
+from coars_fast.data.playable import can_discriminate, check_candidates, check_tasks
 from coars_fast.data.records import Dataset, Task
 from coars_fast.data.sasrec import SASRec, train_sasrec
-from coars_fast.data.splits import make_split, train_order
+from coars_fast.data.splits import make_split, other_eval_users, train_order
 from coars_fast.data.tasks import TaskSource
 from coars_fast.data.world import make_world
 from coars_fast.errors import ConfigError, DataError
@@ -55,14 +55,12 @@ def test_split_cuts_and_holds_out(world: Dataset):
     assert make_split(world, replace(DATA, num_eval_users=10)).eval_users == split.eval_users[:10]
 
 
-def test_split_without_hold_out_and_with_too_many_asked_for(
-    world: Dataset, sasrec: SASRec, caplog: pytest.LogCaptureFixture
-):
+def test_split_without_hold_out_and_with_too_many_asked_for(world: Dataset):
     split = make_split(world, replace(DATA, hold_out_users=False, num_eval_users=1000))
     assert len(split.eval_users) == len(split.train_users) == 100
-    with caplog.at_level(logging.WARNING):
-        assert len(source(world, sasrec, num_eval_users=51).split.eval_users) == 50
-    assert caplog.text.count("50 of 51") == 1
+    more = replace(CONFIG, data=replace(DATA, num_eval_users=51))
+    split = make_split(world, more.data)
+    assert len(split.eval_users) == 50 and "50 of 51" in check_tasks(world, split, more)[0]
 
 
 def test_train_order_visits_every_user_once_an_epoch_and_every_target_in_turn(world: Dataset):
@@ -160,7 +158,7 @@ def test_discrimination_tasks(world: Dataset, sasrec: SASRec):
     tasks = source(world, sasrec)
     for ratio, num_positive in ((1, 10), (3, 5), (9, 2)):
         drawn = tasks.disc_tasks(ratio)
-        assert tasks.disc_skipped[ratio] + len(drawn) == 40
+        assert 30 < len(drawn) <= 40
         for task in drawn:
             sequence = world.sequences[task.user]
             assert len(set(task.items)) == 20 and sum(task.labels) == num_positive
@@ -171,16 +169,22 @@ def test_discrimination_tasks(world: Dataset, sasrec: SASRec):
             assert len(task.peer_counts) == 20
 
 
-def test_discrimination_skips_and_counts_users_of_few_items(world: Dataset, sasrec: SASRec):
+def test_discrimination_skips_users_of_few_items(world: Dataset, sasrec: SASRec):
     short = replace(world, sequences=tuple(s[:12] if u % 2 else s[:16] for u, s in enumerate(world.sequences)))
     tasks = TaskSource(short, CONFIG, sasrec)
     drawn = tasks.disc_tasks(1)  # 10 positives of 16 - 5; 12 - 5 are too few
-    assert {t.user % 2 for t in drawn} == {0} and tasks.disc_skipped[1] == sum(u % 2 for u in tasks.split.eval_users)
+    assert [t.user for t in drawn] == [u for u in tasks.split.eval_users if u % 2 == 0]
     assert len(TaskSource(short, replace(CONFIG, eval=EvalConfig(num_disc_users=3)), sasrec).disc_tasks(9)) == 3
     with pytest.raises(ValueError, match="ratio: 2"):
         tasks.disc_tasks(2)
-    with pytest.raises(DataError, match="no evaluation user took 10 items beside the 9 shown"):
-        TaskSource(short, replace(CONFIG, data=replace(DATA, history_length=9)), sasrec).disc_tasks(1)
+    long = replace(CONFIG, data=replace(DATA, history_length=9))
+    assert not TaskSource(short, long, sasrec).disc_tasks(1)
+    (warning,) = check_tasks(short, tasks.split, long)
+    assert warning.startswith("F1-disc at 1:1 is left out: no evaluation user took 10 items beside the 9 shown")
+    assert not check_tasks(short, tasks.split, replace(long, eval=EvalConfig(num_disc_users=0)))
+    # Users who left too few items are no more able: of 16 items here each took 12 or 15.
+    few = replace(short, titles=short.titles[:16], item_ids=short.item_ids[:16])
+    assert not any(can_discriminate(few, tasks.split, user, 3, DATA) for user in tasks.split.eval_users)
 
 
 def test_warm_start_stays_inside_the_training_part(world: Dataset, sasrec: SASRec):
@@ -194,13 +198,23 @@ def test_warm_start_stays_inside_the_training_part(world: Dataset, sasrec: SASRe
     assert len(tasks.warm_start_tasks(0, 500)) == 500
     tiny = replace(world, sequences=tuple(s[:6] for s in world.sequences))
     with pytest.raises(ConfigError, match="warm start needs training parts of more than 3"):
-        TaskSource(tiny, CONFIG, sasrec).warm_start_tasks(0, 4)
+        check_tasks(tiny, make_split(tiny, DATA), replace(CONFIG, warm_start=True))
+    assert not check_tasks(tiny, make_split(tiny, DATA), replace(CONFIG, eval=EvalConfig(num_disc_users=0)))
 
 
-def test_catalogue_too_small(world: Dataset, sasrec: SASRec):
-    for candidates in (f"random{world.num_items - 5}+gt", f"top{world.num_items - 5}"):
-        with pytest.raises(DataError, match="make data.candidates smaller"):
-            _ = source(world, sasrec, candidates=candidates).eval_tasks
+@pytest.mark.parametrize("mode", ["random{}+gt", "top{}", "top{}+gt"])
+def test_candidates_are_counted_before_anything_is_trained(world: Dataset, sasrec: SASRec, mode: str):
+    longest = max(map(len, world.sequences))
+    most = world.num_items - longest + 1  # the test target is one of them, or untaken yet
+    fits, too_many = (mode.format(size - mode.startswith("random")) for size in (most, most + 1))
+    check_candidates(world, replace(DATA, candidates=fits))
+    tasks = source(world, sasrec, candidates=fits)
+    assert {len(set(task.candidates)) for task in tasks.eval_tasks + tasks.train_tasks(0)} == {most}
+    with pytest.raises(DataError, match=rf"needs {most + 1} items .* took {longest} of .* name at most {most} cand"):
+        check_candidates(world, replace(DATA, candidates=too_many))
+
+
+def test_sasrec_of_another_catalogue(world: Dataset, sasrec: SASRec):
     with pytest.raises(DataError, match="SASRec knows 5 items"):
         TaskSource(world, CONFIG, SASRec(5, SASREC))
 
@@ -233,3 +247,21 @@ def test_peer_counts_come_from_training_parts_only(world: Dataset, sasrec: SASRe
         assert task.peer_similarity == pytest.approx(similarity[best].mean(), abs=1e-5)
         expected = tuple(sum(item in parts[others[b]] for b in best) for item in task.candidates)
         assert task.peer_counts == expected
+
+
+def test_another_evaluation_asks_users_that_the_run_did_not_train_on(world: Dataset):
+    split = make_split(world, DATA)
+
+    def redrawn(**changes: int) -> tuple[int, ...]:
+        return other_eval_users(split, DATA, replace(DATA, **changes)).eval_users
+
+    assert redrawn() == split.eval_users and redrawn(num_eval_users=7) == split.eval_users[:7]
+    assert redrawn(num_eval_users=90) == split.eval_users, "there are no more"
+    other = redrawn(eval_seed=5)
+    assert other != split.eval_users and sorted(other) == sorted(split.eval_users)
+    # Of users that the data set itself sets apart, some may not have been drawn.
+    apart = replace(world, test_users=tuple(range(60)))
+    few = replace(DATA, num_eval_users=10)
+    split = make_split(apart, few)
+    found = other_eval_users(split, few, replace(few, num_eval_users=30)).eval_users
+    assert found[:10] == split.eval_users and len(set(found)) == 30 and max(found) < 60

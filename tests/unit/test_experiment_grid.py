@@ -88,6 +88,15 @@ def test_a_file_is_laid_over_the_one_that_it_extends(tmp_path: Path) -> None:
         ("seeds = [3", "extends = 'grid.toml'\nseeds = [3", "in a circle"),
         ("[base]", "[base", "not a TOML file"),
         ("[variants.full]", "[variants.sasrec_top1]", "sasrec_top1: the row of SASRec"),
+        ("seeds = 1", "seeds = 0", "variants.bare.seeds: expected a list of different whole numbers"),
+        ("seeds = 1", "seeds = [3, 7]", "variants.bare.seeds: 7 is not among the file's seeds [3, 4]"),
+        ('["small"]', "[]", "variants.bare.datasets: expected a name or a list of names, got []"),
+        ('seed = "{seed}"\ndata.eval_seed = "2{seed}"', "", "small/3/full and small/4/full have the same settings"),
+        ("loss.credit_weight = 0", "data.eval_seed = 9", "variants.bare: data.eval_seed is 9, that of full is 23"),
+        ("loss.credit_weight = 0", "world.num_items = 99", "variants.bare: world.num_items is 99"),
+        ("loss.credit_weight = 0", "data.candidates = 'top20'", "variants.bare: data.candidates is top20"),
+        ('label = "no credit"', 'label = "full"', "variants: full and bare are both called 'full'"),
+        ('label = "few users"', 'label = "large"', "datasets: small and large are both called 'large'"),
     ],
 )
 def test_a_wrong_file_is_named_with_the_way_out(tmp_path: Path, old: str, new: str, said: str) -> None:

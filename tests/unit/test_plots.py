@@ -91,3 +91,11 @@ def test_before_after(tmp_path):
 )
 def test_labels(name, text):
     assert plots.label(name) == text
+
+
+def test_a_label_is_no_formula(tmp_path):
+    with plots.plt.rc_context(plots.STYLE):
+        figure, axes = plots.plt.subplots()
+        axes.set_title("costs $\\foo$")
+        figure.savefig(tmp_path / "label.svg")
+    assert "foo" in (tmp_path / "label.svg").read_text()
