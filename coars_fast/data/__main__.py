@@ -25,6 +25,7 @@ from coars_fast.config_checks import check
 from coars_fast.data.download import fetch, fetch_folder, fetch_md5
 from coars_fast.data.kept import kept_file, kept_folder
 from coars_fast.data.public import PUBLIC, PublicSet
+from coars_fast.data.records import Dataset
 from coars_fast.errors import ConfigError
 from coars_fast.progress import Advance, Screen
 
@@ -74,11 +75,11 @@ class RankSASRec:
     format: Layout = "auto"
     """Layout; `auto` goes by the files found."""
     min_interactions: int = 5
-    """Users with fewer interactions are left out."""
+    """Users with fewer interactions, or fewer than 3, are left out."""
     min_item_interactions: int = 5
     """Items with fewer interactions are left out."""
     num_negatives: int = 100
-    """Items that the user never took, for the sampled ranking."""
+    """Items that the user never took, for the sampled ranking; all users must have left so many."""
     save: str | None = None
     """Where to keep the trained model."""
     sasrec: SASRecConfig = field(default_factory=SASRecConfig)
@@ -186,15 +187,18 @@ def default_cache() -> Path:
 def rank_sasrec(options: RankSASRec) -> dict[str, float]:
     """Prints and returns hit rate and NDCG of the last items."""
     from coars_fast.data.formats import load
-    from coars_fast.data.load import core
+    from coars_fast.data.load import core, describe_left_out
     from coars_fast.data.ranking import full_ranking, sampled_ranking
     from coars_fast.data.sasrec import train_sasrec
 
-    check(Config(sasrec=options.sasrec))
+    _check_sasrec(options)
     screen = Screen()
     dataset = load(Path(options.path), options.format)
     dataset = core(dataset, users=max(3, options.min_interactions), items=options.min_item_interactions)
     screen.say(f"{dataset.name}: {dataset.num_users:,} users, {dataset.num_items:,} items")
+    if dataset.reading is not None and dataset.reading.left_out:
+        screen.say(f"left out: {describe_left_out(dataset)}")
+    _check_negatives(options, dataset)
     start, epochs = time.monotonic(), 0
 
     def show(epoch: int, of: int, loss: float) -> None:
@@ -223,6 +227,37 @@ def rank_sasrec(options: RankSASRec) -> dict[str, float]:
     )
     screen.say(f"{epochs} epochs and both rankings in {time.monotonic() - start:,.0f} s")
     return figures | {f"{name}_sampled": value for name, value in sampled.items()}
+
+
+def _check_sasrec(options: RankSASRec) -> None:
+    """Refuse before any work what would fail after it."""
+    check(Config(sasrec=options.sasrec))
+    least = {"num_negatives": 1, "min_interactions": 1, "min_item_interactions": 0}
+    for name, bound in least.items():
+        if (value := getattr(options, name)) < bound:
+            raise ConfigError(f"--{name.replace('_', '-')}: {value} must be {bound} or more")
+    if options.save is None:
+        return
+    path = Path(options.save)
+    if path.is_dir():
+        raise ConfigError(f"--save: {path} is a folder; name a file")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"--save: {path.parent} is no folder that can be written to; make it, or name another one")
+
+
+def _check_negatives(options: RankSASRec, dataset: Dataset) -> None:
+    """Refuse more negatives than some user has items left."""
+    user = max(range(dataset.num_users), key=lambda u: len(dataset.sequences[u]))
+    taken = len(dataset.sequences[user])
+    left = dataset.num_items - taken
+    if left < options.num_negatives:
+        ways_out = [f"use --num-negatives {left} or fewer"] if left else []
+        if options.min_item_interactions > 1:
+            ways_out.append(f"keep more items (--min-item-interactions is {options.min_item_interactions})")
+        raise ConfigError(
+            f"--num-negatives: user {dataset.user_ids[user]} took {taken:,} of {dataset.num_items:,} items, which "
+            f"leaves {left}, not {options.num_negatives}; {', or '.join(ways_out) or 'take that user out of the files'}"
+        )
 
 
 def _agrees() -> bool:
