@@ -347,6 +347,27 @@ def test_what_is_complete_is_not_fetched_again(server: Server, tmp_path: Path, c
     assert names(tmp_path / "to/one") == ["new.csv"] and names(tmp_path / "to") == ["one", "one.zip.sha256", "two"]
 
 
+@pytest.mark.parametrize("step", ["coars_fast.data.download.write_sums", "pathlib.Path.rename", "os.replace"])
+@pytest.mark.parametrize("name", ["one", "two"])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_death_while_names_are_given_costs_nothing(
+    server: Server, tmp_path: Path, call: Call, name: str, step: str, again: bool
+) -> None:
+    if again:  # over an older version
+        call(name)
+        server.files["/one.zip"] = zipped({"one/new.csv": b"z"})
+        server.files["/a.gz"] = gzip.compress(b"new")
+    files = ("one.zip",) if name == "one" else ("a.gz", "b.gz")
+    demanded = ("--sha256", ",".join(hashlib.sha256(server.files[f"/{file}"]).hexdigest() for file in files))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        if (name, step) != ("two", "pathlib.Path.rename"):  # which it never calls
+            with pytest.raises(SystemExit, match="130"):
+                program.main(["download", name, "--accept-license", "--to", str(tmp_path / "to"), *demanded])
+    assert "ready" in call(name, *demanded)
+    assert "complete from an earlier call" in call(name) and not server.asked
+
+
 def test_files_of_others_stay(server: Server, tmp_path: Path, call: Call) -> None:
     for name, place in (("one", "one/my_notes.txt"), ("two", "two/b.gz")):
         notes = tmp_path / "to" / place
@@ -356,6 +377,10 @@ def test_files_of_others_stay(server: Server, tmp_path: Path, call: Call) -> Non
         assert notes.read_text() == "mine" and not server.asked
         notes.unlink()
     assert "ready" in call("one") and "ready" in call("two")
+    notes = tmp_path / "to/one/my_notes.txt"
+    notes.write_text("mine")
+    assert "one.zip: complete" in call("one") and notes.read_text() == "mine", "they are in nobody's way"
+    notes.unlink()
     (tmp_path / "to/one/ratings.csv").write_text("changed")
     assert "have changed since: ratings.csv; move them away" in call("one")
     (tmp_path / "to/two/b.gz").write_bytes(b"changed")
