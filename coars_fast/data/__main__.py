@@ -9,6 +9,7 @@ python -m coars_fast.data sasrec PATH              # trains it, ranks the last i
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,10 +22,12 @@ import tyro
 from coars_fast import cli
 from coars_fast.config import Config, DataConfig, SASRecConfig
 from coars_fast.config_checks import check
-from coars_fast.data.download import fetch, fetch_md5, unpack
+from coars_fast.data.download import fetch, fetch_folder, fetch_md5
+from coars_fast.data.kept import kept_file, kept_folder
 from coars_fast.data.public import PUBLIC, PublicSet
+from coars_fast.data.records import Dataset
 from coars_fast.errors import ConfigError
-from coars_fast.progress import Screen
+from coars_fast.progress import Advance, Screen
 
 Layout = Literal["auto", "movielens", "lastfm", "llara", "amazon", "recbole", "plain"]
 
@@ -72,11 +75,11 @@ class RankSASRec:
     format: Layout = "auto"
     """Layout; `auto` goes by the files found."""
     min_interactions: int = 5
-    """Users with fewer interactions are left out."""
+    """Users with fewer interactions, or fewer than 3, are left out."""
     min_item_interactions: int = 5
     """Items with fewer interactions are left out."""
     num_negatives: int = 100
-    """Items that the user never took, for the sampled ranking."""
+    """Items that the user never took, for the sampled ranking; all users must have left so many."""
     save: str | None = None
     """Where to keep the trained model."""
     sasrec: SASRecConfig = field(default_factory=SASRecConfig)
@@ -119,9 +122,7 @@ def download(options: Download) -> Path | None:
     if options.name not in PUBLIC:
         raise ConfigError(f"{options.name}: no such data set; known are {', '.join(PUBLIC)}")
     wanted = PUBLIC[options.name]
-    sums = options.sha256.split(",") if options.sha256 else [None] * len(wanted.urls)
-    if len(sums) != len(wanted.urls):
-        raise ConfigError(f"--sha256: {options.name} has {len(wanted.urls)} files, found {len(sums)} sums")
+    sums = _sums(options, len(wanted.urls))
     cache = Path(options.to) if options.to else default_cache()
     screen.say(f"{options.name}: {wanted.terms}")
     if not (options.accept_license or _agrees()):
@@ -132,28 +133,50 @@ def download(options: Download) -> Path | None:
 
 
 def download_set(wanted: PublicSet, cache: Path, name: str, sums: Sequence[str | None], screen: Screen) -> Path:
-    """Fetch and unpack all files of a set into `cache/name`."""
+    """Fetch and unpack all files of a set into `cache/name`, but for those that are there from an earlier call.
+
+    Raises:
+        DownloadError: see :func:`coars_fast.data.download.fetch`.
+        KeptError: something that was not downloaded is in the way; found out before anything is fetched.
+    """
     folder = cache / name
-    for url, sha256 in zip(wanted.urls, sums, strict=True):
-        zipped = url.endswith(".zip")
-        target = (cache if zipped else folder) / url.rpartition("/")[2]
+    files = [(url, (cache if url.endswith(".zip") else folder) / url.rpartition("/")[2]) for url in wanted.urls]
+    there = [
+        kept_folder(target, folder, sha256) if target.suffix == ".zip" else kept_file(target, sha256)
+        for (_, target), sha256 in zip(files, sums, strict=True)
+    ]
+    for (url, target), sha256, kept in zip(files, sums, there, strict=True):
+        zipped = target.suffix == ".zip"
+        if kept:
+            again = f"delete {folder if zipped else target} to have it fetched again"
+            screen.say(f"{target.name}: complete from an earlier call, SHA-256 {kept}; not fetched ({again})")
+            continue
         md5 = fetch_md5(f"{url}.md5") if wanted.md5_beside and not sha256 else None
         with screen.bar(target.name, 100) as advance:
-            found = fetch(
-                url,
-                target,
-                sha256=sha256,
-                md5=md5,
-                progress=lambda done, total, advance=advance: advance(
-                    100 * done // total if total else 0, f"{done / 1e6:,.1f} MB"
-                ),
-            )
+
+            def progress(done: int, total: int, advance: Advance = advance) -> None:
+                advance(100 * done // total if total else 0, f"{done / 1e6:,.1f} MB")
+
+            if zipped:
+                found = fetch_folder(url, target, folder, sha256=sha256, md5=md5, progress=progress)
+            else:
+                found = fetch(url, target, sha256=sha256, md5=md5, progress=progress)
         how = "as you asked" if sha256 else "MD5 as published" if md5 else "nothing published to compare with; kept"
         screen.say(f"{target.name}: SHA-256 {found} ({how})")
-        if zipped:
-            unpack(target, folder)
-            target.unlink()
     return folder
+
+
+def _sums(options: Download, num_files: int) -> Sequence[str | None]:
+    """What `--sha256` demands of each file."""
+    if options.sha256 is None:
+        return [None] * num_files
+    sums = [part.strip().lower() for part in options.sha256.split(",")]
+    if len(sums) != num_files:
+        raise ConfigError(f"--sha256: {options.name} has {num_files} files, found {len(sums)} sums")
+    for found in sums:
+        if not re.fullmatch("[0-9a-f]{64}", found):
+            raise ConfigError(f"--sha256: expected 64 hexadecimal digits, found {found!r} ({len(found)} characters)")
+    return sums
 
 
 def default_cache() -> Path:
@@ -164,15 +187,18 @@ def default_cache() -> Path:
 def rank_sasrec(options: RankSASRec) -> dict[str, float]:
     """Prints and returns hit rate and NDCG of the last items."""
     from coars_fast.data.formats import load
-    from coars_fast.data.load import core
+    from coars_fast.data.load import core, describe_left_out
     from coars_fast.data.ranking import full_ranking, sampled_ranking
     from coars_fast.data.sasrec import train_sasrec
 
-    check(Config(sasrec=options.sasrec))
+    _check_sasrec(options)
     screen = Screen()
     dataset = load(Path(options.path), options.format)
     dataset = core(dataset, users=max(3, options.min_interactions), items=options.min_item_interactions)
     screen.say(f"{dataset.name}: {dataset.num_users:,} users, {dataset.num_items:,} items")
+    if dataset.reading is not None and dataset.reading.left_out:
+        screen.say(f"left out: {describe_left_out(dataset)}")
+    _check_negatives(options, dataset)
     start, epochs = time.monotonic(), 0
 
     def show(epoch: int, of: int, loss: float) -> None:
@@ -201,6 +227,37 @@ def rank_sasrec(options: RankSASRec) -> dict[str, float]:
     )
     screen.say(f"{epochs} epochs and both rankings in {time.monotonic() - start:,.0f} s")
     return figures | {f"{name}_sampled": value for name, value in sampled.items()}
+
+
+def _check_sasrec(options: RankSASRec) -> None:
+    """Refuse before any work what would fail after it."""
+    check(Config(sasrec=options.sasrec))
+    least = {"num_negatives": 1, "min_interactions": 1, "min_item_interactions": 0}
+    for name, bound in least.items():
+        if (value := getattr(options, name)) < bound:
+            raise ConfigError(f"--{name.replace('_', '-')}: {value} must be {bound} or more")
+    if options.save is None:
+        return
+    path = Path(options.save)
+    if path.is_dir():
+        raise ConfigError(f"--save: {path} is a folder; name a file")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"--save: {path.parent} is no folder that can be written to; make it, or name another one")
+
+
+def _check_negatives(options: RankSASRec, dataset: Dataset) -> None:
+    """Refuse more negatives than some user has items left."""
+    user = max(range(dataset.num_users), key=lambda u: len(dataset.sequences[u]))
+    taken = len(dataset.sequences[user])
+    left = dataset.num_items - taken
+    if left < options.num_negatives:
+        ways_out = [f"use --num-negatives {left} or fewer"] if left else []
+        if options.min_item_interactions > 1:
+            ways_out.append(f"keep more items (--min-item-interactions is {options.min_item_interactions})")
+        raise ConfigError(
+            f"--num-negatives: user {dataset.user_ids[user]} took {taken:,} of {dataset.num_items:,} items, which "
+            f"leaves {left}, not {options.num_negatives}; {', or '.join(ways_out) or 'take that user out of the files'}"
+        )
 
 
 def _agrees() -> bool:

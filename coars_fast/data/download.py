@@ -1,8 +1,9 @@
-"""Fetch a file over HTTPS so that it can be interrupted, and unpack it so that it cannot do harm.
+"""Fetch a file over HTTPS so that it can be interrupted.
 
 What has arrived lies in `<file>.part` beside the target, with the server's mark of its version (ETag or date) in
 `<file>.part.json`; a later call asks for the rest (`Range`, `If-Range`) and begins again where the server changed its
-file or cannot send parts. A file takes its name when it is complete and its checksum is right.
+file or cannot send parts. A file takes its name, and its checksum is kept for later calls, when it is complete, has the
+right checksum and can be read. What lies in its place is replaced: ask :mod:`coars_fast.data.kept` before.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ import json
 import os
 import re
 import shutil
-import stat
 import time
 import urllib.error
 import urllib.request
-import zipfile
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from coars_fast.data.archives import ArchiveError, check_gzip, unpack
+from coars_fast.data.kept import check_folder, list_of, read_sums, sums_of, write_sums
 from coars_fast.errors import CoarsError
-from coars_fast.state.files import atomic_write_text, fsync_folder
+from coars_fast.state.files import fsync_folder, fsync_tree
 
 Progress = Callable[[int, int], None]
 """Called with (bytes so far, bytes in all; 0 if the server does not say)."""
@@ -33,12 +34,10 @@ ATTEMPTS = 5
 TIMEOUT_SECONDS = 60.0
 _PAUSE_SECONDS = 1.0  # before the second attempt; doubled before each further one
 _BLOCK = 1 << 20
-_MAX_UNPACKED = 20 << 30
-_MAX_RATIO = 200
 
 
 class DownloadError(CoarsError, OSError):
-    """A file could not be fetched whole, has another checksum, or is unsafe to unpack."""
+    """A file could not be fetched whole, has another checksum, or cannot be read."""
 
 
 class _OnlyHttps(urllib.request.HTTPRedirectHandler):
@@ -56,43 +55,62 @@ def fetch(url: str, target: Path, *, sha256: str | None, md5: str | None = None,
     """Fetch `url` to `target`, going on with what an earlier call had of it, and return its SHA-256.
 
     A known `sha256` or `md5` must match. Without one the SHA-256 is kept in `<target>.sha256` and must match the one
-    that an earlier download left there.
+    that an earlier download left there. A file named `.gz` is read to its end before.
 
     Raises:
-        DownloadError: not HTTPS, the server refuses or breaks off too often, no room, or another checksum (what was
-            fetched is deleted then).
+        DownloadError: not HTTPS, the server refuses or breaks off too often, no room, or another checksum or a broken
+            file (what was fetched is deleted then).
     """
-    _check_url(url)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f"{target.name}.part")
-    pause = _PAUSE_SECONDS
-    for attempt in range(1, ATTEMPTS + 1):
-        before = _size(part)
-        try:
-            _fetch_rest(url, part, progress)
-            break
-        except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, DownloadError):
-                raise
-            if isinstance(error, urllib.error.HTTPError):
-                error.close()
-                if error.code < 500 and error.code != 429:
-                    raise DownloadError(f"{url}: the server answers {error.code} {error.reason}") from error
-            if _size(part) > before:
-                pause = _PAUSE_SECONDS  # it goes on, if slowly
-            if attempt == ATTEMPTS:
-                raise DownloadError(
-                    f"{url}: broken off {ATTEMPTS} times ({error or type(error).__name__}); {_size(part):,} bytes are "
-                    f"kept in {part}: run the command again to go on from there"
-                ) from error
-            time.sleep(pause)
-            pause *= 2
-    found = _verify(url, part, target, sha256, md5)
+    part = _part_of(target)
+    found = _fetch_part(url, part, target, sha256, md5, progress)
+    if target.suffix == ".gz":
+        with _deleted_if_broken(url, part):
+            check_gzip(part)
     with part.open("rb+") as file:
         os.fsync(file.fileno())
+    # A file with the sum of another version would not count as fetched, if the process died between the two.
+    target.unlink(missing_ok=True)
+    write_sums(target, {target: found})
     os.replace(part, target)
     _mark_of(part).unlink(missing_ok=True)
     fsync_folder(target.parent)
+    return found
+
+
+def fetch_folder(
+    url: str, archive: Path, folder: Path, *, sha256: str | None, md5: str | None = None, progress: Progress
+) -> str:
+    """Fetch the zip file `url` as :func:`fetch` would fetch `archive`, and unpack it as `folder`; the archive itself is
+    not kept. Returns its SHA-256.
+
+    Raises:
+        DownloadError: see :func:`fetch`; or the folder cannot be written.
+        KeptError: the folder holds files of somebody else by now; what was fetched stays for the next call.
+    """
+    part = _part_of(archive)
+    found = _fetch_part(url, part, archive, sha256, md5, progress)
+    fresh = folder.with_name(f".{folder.name}.{os.getpid()}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        with _deleted_if_broken(url, part):
+            unpack(part, fresh)
+        sums = {archive: found} | {folder / path: digest for path, digest in sums_of(fresh).items()}
+        fsync_tree(fresh)
+        check_folder(archive, folder)
+        if folder.is_dir():
+            shutil.rmtree(folder)
+        write_sums(archive, sums)  # before the files: without it they would count as somebody else's
+        fresh.rename(folder)
+    except OSError as error:
+        if isinstance(error, CoarsError):
+            raise
+        raise DownloadError(
+            f"{folder}: cannot be written ({error.strerror or error}); {part} is kept: run the command again"
+        ) from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    _delete(part)
+    fsync_folder(folder.parent)
     return found
 
 
@@ -115,6 +133,40 @@ def fetch_md5(url: str) -> str | None:
     return match[0].lower()
 
 
+def _fetch_part(url: str, part: Path, target: Path, sha256: str | None, md5: str | None, progress: Progress) -> str:
+    """Make `part` complete and return its SHA-256, which is the right one of `target`."""
+    _check_url(url)
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DownloadError(
+            f"{part.parent}: no folder can be made here ({error.strerror}); give another --to"
+        ) from error
+    pause = _PAUSE_SECONDS
+    for attempt in range(1, ATTEMPTS + 1):
+        before = _size(part)
+        try:
+            _fetch_rest(url, part, progress)
+            break
+        except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, DownloadError):
+                raise
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()
+                if error.code < 500 and error.code != 429:
+                    raise DownloadError(f"{url}: the server answers {error.code} {error.reason}") from error
+            if _size(part) > before:
+                pause = _PAUSE_SECONDS  # it goes on, if slowly
+            if attempt == ATTEMPTS:
+                raise DownloadError(
+                    f"{url}: broken off {ATTEMPTS} times ({error or type(error).__name__}); {_size(part):,} bytes are "
+                    f"kept in {part}: run the command again to go on from there"
+                ) from error
+            time.sleep(pause)
+            pause *= 2
+    return _verify(url, part, target, sha256, md5)
+
+
 def _fetch_rest(url: str, part: Path, progress: Progress) -> None:
     """Append to `part` what it lacks; :class:`http.client.IncompleteRead` or another OSError if that breaks off."""
     have, mark = _size(part), _read_mark(part, url)
@@ -129,8 +181,7 @@ def _fetch_rest(url: str, part: Path, progress: Progress) -> None:
         error.close()
         if (error.headers.get("Content-Range") or "") == f"bytes */{have}":
             return  # an earlier call had fetched it all
-        part.unlink(missing_ok=True)
-        _mark_of(part).unlink(missing_ok=True)
+        _delete(part)
         raise http.client.IncompleteRead(b"") from error
     with response:
         start = _start_of(response.headers.get("Content-Range")) if response.status == 206 else 0
@@ -162,69 +213,33 @@ def _verify(url: str, part: Path, target: Path, sha256: str | None, md5: str | N
             for digest in digests.values():
                 digest.update(data)
     found = {name: digest.hexdigest() for name, digest in digests.items()}
-    first = target.with_name(f"{target.name}.sha256")
-    trusted = first.read_text().split()[:1] if first.is_file() and not (sha256 or md5) else []
-    for name, expected, source in (
-        ("SHA-256", sha256, "expected"),
-        ("MD5", md5, "published"),
-        ("SHA-256", trusted[0] if trusted else None, f"that of the first download, in {first}, is"),
+    trusted = None if sha256 or md5 else read_sums(target).get(target)
+    for name, expected, source, way_out in (
+        ("SHA-256", sha256, "expected", ""),
+        ("MD5", md5, "published", ""),
+        (
+            "SHA-256",
+            trusted,
+            f"that of the first download, in {list_of(target)}, is",
+            "; delete that file too if you trust the new one",
+        ),
     ):
         if expected and found[name] != expected.lower():
-            part.unlink()
-            _mark_of(part).unlink(missing_ok=True)
-            raise DownloadError(f"{url}: the {name} is {found[name]}, {source} {expected.lower()}; it was deleted")
-    atomic_write_text(first, f"{found['SHA-256']}  {target.name}\n")
+            _delete(part)
+            raise DownloadError(
+                f"{url}: the {name} is {found[name]}, {source} {expected.lower()}; it was deleted{way_out}"
+            )
     return found["SHA-256"]
 
 
-def unpack(archive: Path, folder: Path) -> Path:
-    """Unpack a zip file into `folder`, which appears whole or not at all. A single folder inside becomes `folder`.
-
-    Raises:
-        DownloadError: not a zip file or a broken one; a member that would lie outside, or is a link or a device; or one
-            that grows suspiciously.
-    """
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
+@contextmanager
+def _deleted_if_broken(url: str, part: Path) -> Iterator[None]:
+    """An archive that cannot be read goes, and its sum was not kept: the next call begins anew."""
     try:
-        with zipfile.ZipFile(archive) as file:
-            members = file.infolist()
-            size = sum(member.file_size for member in members)
-            packed = sum(member.compress_size for member in members)
-            if size > _MAX_UNPACKED or size > _MAX_RATIO * max(packed, 1 << 20):
-                raise DownloadError(f"{archive}: {packed:,} bytes would become {size:,}; not unpacked")
-            for member in members:
-                _unpack_member(file, member, beside, archive)
-        inside = list(beside.iterdir()) if beside.is_dir() else []
-        source = inside[0] if len(inside) == 1 and inside[0].is_dir() else beside
-        shutil.rmtree(folder, ignore_errors=True)
-        source.replace(folder)
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
-        raise DownloadError(f"{archive}: not a zip file that can be unpacked ({error}); delete it") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    return folder
-
-
-def _unpack_member(file: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path, archive: Path) -> None:
-    name, kind = member.filename.replace("\\", "/"), stat.S_IFMT(member.external_attr >> 16)
-    parts = name.split("/")
-    if name.startswith("/") or ".." in parts or ":" in parts[0] or "\0" in name:
-        raise DownloadError(f"{archive}: {member.filename!r} would lie outside its folder; nothing was unpacked")
-    if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-        raise DownloadError(f"{archive}: {member.filename!r} is a link or a device; nothing was unpacked")
-    target = folder.joinpath(*parts)
-    if member.is_dir():
-        target.mkdir(parents=True, exist_ok=True)
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    left = member.file_size
-    with file.open(member) as source, target.open("wb") as copy:
-        while data := source.read(min(_BLOCK, left + 1)):
-            left -= len(data)
-            if left < 0:
-                raise DownloadError(f"{archive}: {member.filename!r} is larger than it says; nothing was unpacked")
-            copy.write(data)
+        yield
+    except ArchiveError as error:
+        _delete(part)
+        raise DownloadError(f"{error}; what {url} sent was deleted, the next call begins anew") from error
 
 
 def _check_url(url: str) -> None:
@@ -236,6 +251,15 @@ def _check_url(url: str) -> None:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
+
+
+def _part_of(target: Path) -> Path:
+    return target.with_name(f"{target.name}.part")
+
+
+def _delete(part: Path) -> None:
+    part.unlink(missing_ok=True)
+    _mark_of(part).unlink(missing_ok=True)
 
 
 def _mark_of(part: Path) -> Path:

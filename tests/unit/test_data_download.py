@@ -1,13 +1,15 @@
-"""Downloads from a server on this machine: broken transfers, wrong checksums, servers without ranges, archives."""
+"""Downloads from a server on this machine: broken transfers, wrong checksums, servers without ranges, what is there."""
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
-import stat
+import re
+import shutil
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -15,7 +17,8 @@ import pytest
 
 from coars_fast.data import __main__ as program
 from coars_fast.data import download
-from coars_fast.data.download import DownloadError, fetch, fetch_md5, unpack
+from coars_fast.data.download import DownloadError, fetch, fetch_folder, fetch_md5
+from coars_fast.data.kept import KeptError
 from coars_fast.data.public import PUBLIC, PublicSet
 
 CONTENT = bytes(range(256)) * 900
@@ -215,55 +218,6 @@ def test_published_md5(server: Server) -> None:
         fetch_md5(server.url("data.bin.md5"))
 
 
-# Archives -----------------------------------------------------------------------------------------------------------
-
-
-def archive(path: Path, members: dict[str, bytes], *, mode: int = 0) -> Path:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
-        for name, content in members.items():
-            info = zipfile.ZipInfo(name)
-            info.external_attr, info.compress_type = mode << 16, zipfile.ZIP_DEFLATED
-            file.writestr(info, content)
-    return path
-
-
-def test_a_single_folder_of_an_archive_becomes_the_folder(tmp_path: Path) -> None:
-    path = archive(tmp_path / "a.zip", {"ml/": b"", "ml/u.data": b"1", "ml/sub/x": b"2"})
-    assert unpack(path, tmp_path / "set") == tmp_path / "set"
-    assert (tmp_path / "set/u.data").read_bytes() == b"1" and (tmp_path / "set/sub/x").read_bytes() == b"2"
-    unpack(archive(tmp_path / "a.zip", {"u.data": b"3", "u.item": b"4"}), tmp_path / "set")
-    assert names(tmp_path / "set") == ["u.data", "u.item"], "replaces what was there"
-    assert names(tmp_path) == ["a.zip", "set"]
-
-
-@pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/evil", "..\\evil", "C:\\evil", "C:/evil"])
-def test_no_member_lies_outside(tmp_path: Path, name: str) -> None:
-    inside = tmp_path / "cache"
-    inside.mkdir()
-    path = archive(tmp_path / "a.zip", {"good": b"1", name: b"2"})
-    with pytest.raises(DownloadError, match=r"would lie outside its folder; nothing was unpacked"):
-        unpack(path, inside / "set")
-    assert names(inside) == [] and names(tmp_path) == ["a.zip", "cache"]
-
-
-def test_links_bombs_and_broken_archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.zip"
-    with pytest.raises(DownloadError, match="is a link or a device"):
-        unpack(archive(path, {"link": b"/etc/passwd"}, mode=stat.S_IFLNK | 0o777), tmp_path / "set")
-    monkeypatch.setattr(download, "_MAX_RATIO", 2)
-    with pytest.raises(DownloadError, match=r"would become 5,000,000; not unpacked"):
-        unpack(archive(path, {"zeros": b"0" * 5_000_000}), tmp_path / "set")
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(DownloadError, match="not a zip file that can be unpacked"):
-        unpack(path, tmp_path / "set")
-    whole = bytearray(archive(path, {"a": b"hello " * 40}).read_bytes())
-    whole[40] ^= 0xFF
-    path.write_bytes(whole)
-    with pytest.raises(DownloadError, match="not a zip file that can be unpacked"):
-        unpack(path, tmp_path / "set")
-    assert names(tmp_path) == ["a.zip"]
-
-
 # The command --------------------------------------------------------------------------------------------------------
 
 
@@ -321,19 +275,152 @@ def test_the_command_without_a_name_or_with_a_wrong_one(capsys: pytest.CaptureFi
         assert message in capsys.readouterr().err
 
 
+def zipped(members: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+    return buffer.getvalue()
+
+
+Call = Callable[..., str]
+"""Runs `download` with these arguments; returns what it printed on stdout, or on stderr where it failed."""
+
+
+@pytest.fixture
+def call(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Sets without published sums: `one`, a zip file, and `two`, two gzip files."""
+    server.files["/one.zip"] = zipped({"one/ratings.csv": b"x", "one/sub/movies.csv": b"y"})
+    server.files |= {"/a.gz": gzip.compress(CONTENT), "/b.gz": gzip.compress(CONTENT[::-1])}
+    for name, files in (("one", ("one.zip",)), ("two", ("a.gz", "b.gz"))):
+        monkeypatch.setitem(PUBLIC, name, PublicSet(urls=tuple(map(server.url, files)), terms="Toys."))
+
+    def run(*arguments: str) -> str:
+        server.asked.clear()
+        try:
+            program.main(["download", "--accept-license", "--to", str(tmp_path / "to"), *arguments])
+        except SystemExit as stop:
+            assert stop.code == 2
+            return capsys.readouterr().err
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize(("name", "file"), [("one", "one.zip"), ("two", "a.gz")])
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_broken_file_is_not_the_one_that_later_ones_must_match(
+    server: Server, tmp_path: Path, call: Call, name: str, file: str, cut: bool
+) -> None:
+    right = server.files[f"/{file}"]
+    server.files[f"/{file}"] = right[:-30] if cut else b"<html>Log in first</html>"
+    message = call(name)
+    assert f"{file}.part: not a {'zip' if name == 'one' else 'gzip'} file" in message
+    assert f"what {server.url(file)} sent was deleted, the next call begins anew" in message
+    assert not [path for path in (tmp_path / "to").rglob("*") if path.is_file()]
+    server.files[f"/{file}"] = right
+    assert "ready" in call(name)
+    if name == "two":
+        (tmp_path / "to/two/a.gz").unlink()
+    else:
+        shutil.rmtree(tmp_path / "to/one")
+    server.files[f"/{file}"] = zipped({"x": b"new"}) if name == "one" else gzip.compress(b"new")
+    assert re.search(rf"first download, in (.*{file}\.sha256), is .*; delete that file too", message := call(name))
+    Path(re.findall(r"in (\S+\.sha256), is", message)[0]).unlink()
+    assert "ready" in call(name), "what it said to delete is enough"
+
+
+def test_what_is_complete_is_not_fetched_again(server: Server, tmp_path: Path, call: Call) -> None:
+    second = server.files.pop("/b.gz")
+    assert "404" in call("two")
+    server.files["/b.gz"] = second
+    assert "a.gz: complete from an earlier call" in (shown := call("two")) and len(server.asked) == 1
+    assert "b.gz: SHA-256" in shown
+    assert call("two").count("complete from an earlier call") == 2 and not server.asked
+    assert "ready" in call("one") and len(server.asked) == 1
+    assert "one.zip: complete from an earlier call" in call("one") and not server.asked
+    (tmp_path / "to/one/ratings.csv").unlink()
+    assert "one.zip: SHA-256" in call("one") and len(server.asked) == 1, "a file was missing"
+    server.files["/one.zip"] = zipped({"one/new.csv": b"z"})
+    sha256 = hashlib.sha256(server.files["/one.zip"]).hexdigest()
+    assert "as you asked" in call("one", "--sha256", sha256), "another version is demanded"
+    assert names(tmp_path / "to/one") == ["new.csv"] and names(tmp_path / "to") == ["one", "one.zip.sha256", "two"]
+
+
+@pytest.mark.parametrize("step", ["coars_fast.data.download.write_sums", "pathlib.Path.rename", "os.replace"])
+@pytest.mark.parametrize("name", ["one", "two"])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_death_while_names_are_given_costs_nothing(
+    server: Server, tmp_path: Path, call: Call, name: str, step: str, again: bool
+) -> None:
+    if again:  # over an older version
+        call(name)
+        server.files["/one.zip"] = zipped({"one/new.csv": b"z"})
+        server.files["/a.gz"] = gzip.compress(b"new")
+    files = ("one.zip",) if name == "one" else ("a.gz", "b.gz")
+    demanded = ("--sha256", ",".join(hashlib.sha256(server.files[f"/{file}"]).hexdigest() for file in files))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        if (name, step) != ("two", "pathlib.Path.rename"):  # which it never calls
+            with pytest.raises(SystemExit, match="130"):
+                program.main(["download", name, "--accept-license", "--to", str(tmp_path / "to"), *demanded])
+    assert "ready" in call(name, *demanded)
+    assert "complete from an earlier call" in call(name) and not server.asked
+
+
+def test_files_of_others_stay(server: Server, tmp_path: Path, call: Call) -> None:
+    for name, place in (("one", "one/my_notes.txt"), ("two", "two/b.gz")):
+        notes = tmp_path / "to" / place
+        notes.parent.mkdir(parents=True)
+        notes.write_text("mine")
+        assert "move " in (message := call(name)) and str(notes.parent) in message and notes.name in message
+        assert notes.read_text() == "mine" and not server.asked
+        notes.unlink()
+    assert "ready" in call("one") and "ready" in call("two")
+    notes = tmp_path / "to/one/my_notes.txt"
+    notes.write_text("mine")
+    assert "one.zip: complete" in call("one") and notes.read_text() == "mine", "they are in nobody's way"
+    notes.unlink()
+    (tmp_path / "to/one/ratings.csv").write_text("changed")
+    assert "have changed since: ratings.csv; move them away" in call("one")
+    (tmp_path / "to/two/b.gz").write_bytes(b"changed")
+    assert "two/b.gz: not fetched by this command, or changed since" in call("two")
+    sums = [hashlib.sha256((tmp_path / "to/two" / name).read_bytes()).hexdigest() for name in ("a.gz", "b.gz")]
+    assert "not fetched" in call("two", "--sha256", ", ".join(sums).upper()) and not server.asked
+    assert "b.gz: complete" in call("two"), "its sum was kept"
+
+
+def test_notes_put_down_during_the_transfer_stay_too(server: Server, tmp_path: Path, call: Call) -> None:
+    archive, folder = tmp_path / "to/one.zip", tmp_path / "to/one"
+
+    def write_notes(done: int, total: int) -> None:
+        folder.mkdir()
+        (folder / "my_notes.txt").write_text("mine")
+
+    with pytest.raises(KeptError, match=r"to/one: holds files .*: my_notes\.txt; move them away"):
+        fetch_folder(server.url("one.zip"), archive, folder, sha256=None, progress=write_notes)
+    (folder / "my_notes.txt").rename(tmp_path / "moved")
+    assert "one.zip: SHA-256" in call("one")
+    assert server.asked == [f"bytes={len(server.files['/one.zip'])}-"], "all of it had been kept"
+
+
+def test_a_file_where_a_folder_should_be(tmp_path: Path, call: Call) -> None:
+    (tmp_path / "to").mkdir()
+    for name in ("one", "two"):
+        place = tmp_path / "to" / name
+        place.write_text("mine")
+        assert re.search(rf"to/{name}: .*give another --to", call(name))
+        assert re.search(rf"to/{name}.*: no folder can be made .*give another --to", call(name, "--to", str(place)))
+        assert place.read_text() == "mine"
+
+
+@pytest.mark.parametrize("sums", ["abc,def", f"{SHA256},", f"{SHA256}, {SHA256[:-1]}", f"{SHA256},{SHA256[:-1]}g"])
+def test_a_sum_that_is_none_is_refused_before_the_transfer(server: Server, call: Call, sums: str) -> None:
+    assert "--sha256: expected 64 hexadecimal digits, found '" in call("two", "--sha256", sums)
+    assert "--sha256: two has 2 files, found 1 sums" in call("two", "--sha256", "")
+    assert not server.asked
+
+
 def test_every_public_set_names_its_terms_and_is_fetched_safely() -> None:
     for found in PUBLIC.values():
         assert "https://" in found.terms and all(url.startswith("https://") for url in found.urls)
-
-
-def test_sasrec_of_a_data_set(published: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "toy"
-    folder.mkdir()
-    rows = "".join(f"{u},{(u + t) % 150}\n" for u in range(60) for t in range(9))
-    (folder / "interactions.csv").write_text("user,item\n" + rows)
-    (folder / "items.csv").write_text("item,title\n" + "".join(f"{i},T{i}\n" for i in range(150)))
-    arguments = [str(folder), "--min-item-interactions", "0", "--num-negatives", "20", "--save", str(tmp_path / "m")]
-    small = ["--sasrec.hidden-size", "8", "--sasrec.num-epochs", "2", "--sasrec.patience", "1"]
-    program.main(["sasrec", *arguments, *small])
-    shown = capsys.readouterr().out
-    assert "among all items: HR@10" in shown and "among 20 negatives" in shown and (tmp_path / "m").is_file()
