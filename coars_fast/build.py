@@ -12,7 +12,7 @@ import torch
 
 from coars_fast.cache import put_folder, warm_base_key
 from coars_fast.config import Config
-from coars_fast.data.load import describe_left_out, load_dataset
+from coars_fast.data.load import load_dataset, notes
 from coars_fast.data.records import Dataset, Task
 from coars_fast.data.sasrec import SASRec, train_sasrec
 from coars_fast.data.splits import make_split
@@ -67,8 +67,8 @@ def build(config: Config, folder: Path, screen: Screen, *, adapters_follow: bool
         f"{dataset.name}: {dataset.num_users:,} users, {dataset.num_items:,} items, "
         f"{sum(map(len, dataset.sequences)):,} interactions"
     )
-    if dataset.reading is not None and dataset.reading.left_out:
-        screen.say(f"left out: {describe_left_out(dataset)}")
+    for note in notes(dataset):
+        screen.say(note)
     tasks = TaskSource(dataset, config, _sasrec(config, dataset, folder, screen))
     changed = config.model.tokenizer == "catalogue" or (config.warm_start and config.sft.trainable == "all")
     own_base = folder / "base"

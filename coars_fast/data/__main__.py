@@ -34,7 +34,7 @@ class Inspect:
     """Print what a data set holds, and draw its popularity and history lengths."""
 
     path: tyro.conf.Positional[str]
-    """Folder of a data set, or its file of interactions."""
+    """Folder of a data set; of Amazon's reviews or RecBole's atomic files also the file of reviews or the `.inter`."""
     format: Layout = "auto"
     """Layout; `auto` goes by the files found."""
     min_interactions: int = DataConfig.min_interactions

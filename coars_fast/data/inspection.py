@@ -33,7 +33,7 @@ def inspection(dataset: Dataset, data: DataConfig) -> list[tuple[str, str]]:
     if reading is not None:
         titled = sum(not title.startswith("Untitled [") for title in dataset.titles)
         files = ", ".join(file.rpartition("/")[2] for file in reading.files)
-        rows = [("layout", f"{reading.format}: {files}"), ("rows in the files", f"{reading.rows:,}"), *rows]
+        rows = [("layout", f"{reading.format}: {files}"), ("interactions read", f"{reading.rows:,}"), *rows]
         rows += [
             ("left out", describe_left_out(dataset)),
             ("items with a title", f"{titled:,} of {dataset.num_items:,} ({titled / dataset.num_items:.1%})"),
@@ -42,6 +42,8 @@ def inspection(dataset: Dataset, data: DataConfig) -> list[tuple[str, str]]:
             ("tied interactions", f"{reading.tied:,} in the files"),
             ("users whose last two are tied", f"{reading.tied_last_users:,} in the files"),
         ]
+        if reading.latin1_lines:
+            rows.append(("lines read as Latin-1, not UTF-8", f"{reading.latin1_lines:,} in the items' file"))
     return rows + _split(dataset, data)
 
 

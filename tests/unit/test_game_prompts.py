@@ -66,9 +66,7 @@ def test_an_item_is_named_by_its_number(prompts: PromptSet, named: str, index: i
     ],
 )
 @EITHER
-def test_an_item_is_named_by_its_title_where_the_number_says_nothing(
-    prompts: PromptSet, named: str, index: int
-) -> None:
+def test_an_item_is_named_by_its_title_where_its_number_is_none(prompts: PromptSet, named: str, index: int) -> None:
     assert parse_recommendation(f"Reason: so.\nItem: {named}", TITLES, prompts) == index
 
 
