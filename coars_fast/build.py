@@ -12,7 +12,7 @@ import torch
 
 from coars_fast.cache import put_folder, warm_base_key
 from coars_fast.config import Config
-from coars_fast.data.load import describe_left_out, load_dataset
+from coars_fast.data.load import load_dataset, notes
 from coars_fast.data.playable import check_tasks
 from coars_fast.data.records import Dataset, Task
 from coars_fast.data.sasrec import SASRec, train_sasrec
@@ -74,11 +74,9 @@ def build(
         f"{dataset.name}: {dataset.num_users:,} users, {dataset.num_items:,} items, "
         f"{sum(map(len, dataset.sequences)):,} interactions"
     )
-    if dataset.reading is not None and dataset.reading.left_out:
-        screen.say(f"left out: {describe_left_out(dataset)}")
     split = make_split(dataset, config.data)
-    for warning in check_tasks(dataset, split, config):
-        screen.say(f"note: {warning}")
+    for note in (*notes(dataset), *check_tasks(dataset, split, config)):
+        screen.say(f"note: {note}")
     tasks = TaskSource(dataset, config, _sasrec(config, dataset, split, folder, screen, only_read), split)
     changed = config.model.tokenizer == "catalogue" or (config.warm_start and config.sft.trainable == "all")
     own_base = folder / "base"

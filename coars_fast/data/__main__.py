@@ -37,7 +37,7 @@ class Inspect:
     """Print what a data set holds, and draw its popularity and history lengths."""
 
     path: tyro.conf.Positional[str]
-    """Folder of a data set, or its file of interactions."""
+    """Folder of a data set; of Amazon's reviews or RecBole's atomic files also the file of reviews or the `.inter`."""
     format: Layout = "auto"
     """Layout; `auto` goes by the files found."""
     min_interactions: int = DataConfig.min_interactions
@@ -71,7 +71,7 @@ class RankSASRec:
     """Train SASRec on all but each user's last two items, stop by the last but one, and rank the last one."""
 
     path: tyro.conf.Positional[str]
-    """Folder of a data set, or its file of interactions."""
+    """Folder of a data set; of Amazon's reviews or RecBole's atomic files also the file of reviews or the `.inter`."""
     format: Layout = "auto"
     """Layout; `auto` goes by the files found."""
     min_interactions: int = 5
@@ -90,7 +90,7 @@ def inspect(options: Inspect) -> Path:
     from coars_fast.data.formats import load
     from coars_fast.data.inspection import inspection
     from coars_fast.data.load import core
-    from coars_fast.data.picture import draw
+    from coars_fast.data.picture import draw, picture_path
 
     data = DataConfig(
         path=options.path,
@@ -102,12 +102,13 @@ def inspect(options: Inspect) -> Path:
     )
     check(Config(data=data))
     screen = Screen()
+    picture = picture_path(Path(options.plot)) if options.plot else None
     whole = load(Path(options.path), options.format)
-    screen.say(f"{whole.name}: {whole.num_users:,} users, {whole.num_items:,} items in the files")
+    screen.say(f"{whole.name}: {whole.num_users:,} users, {whole.num_items:,} items read")
     dataset = core(whole, users=data.min_interactions, items=data.min_item_interactions)
     for what, figure in inspection(dataset, data):
         screen.say(f"{what:33} {figure}")
-    path = draw(whole, dataset, Path(options.plot or f"inspect-{dataset.name}.png"))
+    path = draw(whole, dataset, picture or Path(f"inspect-{dataset.name}.png"))
     screen.say(f"plot: {path}")
     return path
 

@@ -10,14 +10,22 @@ of JavaScript) is unescaped, or counts as no title.
 
 from __future__ import annotations
 
-import csv
 import html
-import json
 from pathlib import Path
-from typing import Any
 
 from coars_fast.data.records import Dataset
-from coars_fast.data.table import Rows, Titles, assemble, found_in, parse_id, parse_time, text_lines
+from coars_fast.data.table import (
+    Rows,
+    Titles,
+    assemble,
+    csv_rows,
+    data_path,
+    found_in,
+    json_object,
+    parse_id,
+    parse_time,
+    text_lines,
+)
 from coars_fast.errors import DataError, MissingDataError
 
 _ENDINGS = (".json.gz", ".jsonl.gz", ".csv.gz", ".json", ".jsonl", ".csv")
@@ -40,16 +48,17 @@ def load_amazon(path: str | Path) -> Dataset:
     """Read one category: the folder that holds it alone, or its file of reviews.
 
     Raises:
-        MissingDataError: no reviews, or no metadata beside them.
+        MissingDataError: no such path, no reviews, or no metadata beside them.
         DataError: several categories in the folder, or a file is malformed; names the file and line.
     """
-    path = Path(path)
+    path = data_path(path, file_endings=_ENDINGS)
     pairs = _pairs(path)
     if not pairs:
         folder = path if path.is_dir() else path.parent
+        reviews = next(iter(_reviews(path)), Path("Musical_Instruments.jsonl.gz"))
         raise MissingDataError(
-            f"{path}: expected reviews such as Musical_Instruments.jsonl.gz and, beside them, "
-            f"meta_Musical_Instruments.jsonl.gz; found {found_in(folder)}"
+            f"{path}: expected reviews such as {reviews.name} and, beside them, {_metadata_of(reviews)}; "
+            f"found {found_in(folder)}"
         )
     if len(pairs) > 1:
         names = ", ".join(reviews.name for reviews, _ in pairs)
@@ -67,23 +76,35 @@ def load_amazon(path: str | Path) -> Dataset:
     )
 
 
+def _reviews(path: Path) -> list[Path]:
+    """Files that are named as reviews or ratings are."""
+    found = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
+    return [p for p in found if p.is_file() and p.name.endswith(_ENDINGS) and not p.name.startswith(_META)]
+
+
 def _pairs(path: Path) -> list[tuple[Path, Path]]:
     """(reviews, metadata) of every category; of a category with a 5-core and all reviews, both."""
-    if path.is_file():
-        found = [path]
-    elif path.is_dir():
-        found = sorted(p for p in path.iterdir() if p.is_file() and p.name.endswith(_ENDINGS))
-    else:
-        return []
     pairs = []
-    for reviews in found:
-        if reviews.name.startswith(_META) or not reviews.name.endswith(_ENDINGS):
-            continue
+    for reviews in _reviews(path):
         names = (f"{_META}{_category(reviews)}{ending}" for ending in _ENDINGS if "csv" not in ending)
         meta = next((reviews.with_name(name) for name in names if reviews.with_name(name).is_file()), None)
         if meta is not None:
             pairs.append((reviews, meta))
     return pairs
+
+
+def without_metadata(path: Path) -> str:
+    """What to say where nothing but reviews was found, or nothing; ratings (any CSV file) say too little."""
+    for reviews in _reviews(path):
+        if ".csv" not in reviews.suffixes[-2:]:
+            return f"if {reviews.name} holds Amazon's reviews, {_metadata_of(reviews)} is missing beside it"
+    return ""
+
+
+def _metadata_of(reviews: Path) -> str:
+    """A name that the metadata may have; packed or not is all the same."""
+    ending = ".json.gz" if ".json" in reviews.suffixes[-2:] else ".jsonl.gz"
+    return f"{_META}{_category(reviews)}{ending}"
 
 
 def _category(path: Path) -> str:
@@ -92,23 +113,13 @@ def _category(path: Path) -> str:
     return name.removesuffix("_5")
 
 
-def _record(text: str, path: Path, line: int) -> dict[str, Any]:
-    try:
-        record = json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{path}, line {line}: not JSON ({error}); found {text[:60]!r}") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{path}, line {line}: expected a JSON object, found {text[:60]!r}")
-    return record
-
-
 def _read_reviews(path: Path) -> Rows:
     rows, keys = Rows(), None
     for line, text in text_lines(path):
-        record = _record(text, path, line)
+        record = json_object(text, path, line)
         if keys is None:
             keys = next((known for known in _KEYS if known[0] in record), None)
-        if keys is None or any(key not in record for key in keys):
+        if keys is None or any(record.get(key) is None for key in keys):
             expected = " or ".join(", ".join(known) for known in ([keys] if keys else _KEYS))
             raise DataError(f"{path}, line {line}: expected a review with {expected}, found {text[:60]!r}")
         user, item, time = (str(record[key]) for key in keys)
@@ -119,8 +130,8 @@ def _read_reviews(path: Path) -> Rows:
 def _read_ratings(path: Path) -> Rows:
     """Ratings without text: with a header (2023), or as item, user, rating, timestamp (2018)."""
     rows, columns = Rows(), None
-    for line, text in text_lines(path):
-        row = next(csv.reader([text]))
+    for line, row in csv_rows(path):
+        text = ",".join(row)
         if columns is None:
             if "user_id" in row:
                 missing = [name for name in _KEYS[1] if name not in row]
@@ -140,7 +151,7 @@ def _read_meta(path: Path, wanted: set[str]) -> Titles:
     """Titles of the products that were reviewed; the others are most of the file."""
     titles = Titles(file=path.name)
     for line, text in text_lines(path):
-        record = _record(text, path, line)
+        record = json_object(text, path, line)
         item = str(record.get("parent_asin") or record.get("asin") or "")
         if not item:
             raise DataError(f"{path}, line {line}: expected a product with asin or parent_asin, found {text[:60]!r}")

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from coars_fast.data.amazon import is_amazon, load_amazon
+from coars_fast.data.amazon import is_amazon, load_amazon, without_metadata
 from coars_fast.data.lastfm import is_lastfm, load_lastfm
 from coars_fast.data.llara import is_llara, load_llara
 from coars_fast.data.movielens import is_movielens, load_movielens
 from coars_fast.data.plain import is_plain, load_plain
 from coars_fast.data.recbole import is_recbole, load_recbole
 from coars_fast.data.records import Dataset
+from coars_fast.data.table import ARCHIVES, data_path, found_in
 from coars_fast.errors import DataError, MissingDataError
 
 
@@ -51,23 +52,24 @@ def detect(path: Path) -> str:
         MissingDataError: there is nothing, or nothing that is known; says what was found and what would be.
         DataError: files of several layouts.
     """
-    if not path.exists():
-        raise MissingDataError(
-            f"{path}: no such folder; `python -m coars_fast.data download` lists public data sets (MovieLens and "
-            f"others), or give another --data.path"
-        )
     names = [name for name, layout in FORMATS.items() if layout.is_there(path)]
     if len(names) == 1:
         return names[0]
     if names:
         raise DataError(f"{path}: could be {' or '.join(names)}; say which with --data.format")
-    inside = sorted(path.iterdir()) if path.is_dir() else []
+    hint = without_metadata(path)
+    if path.is_file() and hint:
+        raise MissingDataError(f"{path}: {hint}")
+    inside = sorted(data_path(path).iterdir())
     nearby = [folder for folder in inside if folder.is_dir() and any(f.is_there(folder) for f in FORMATS.values())]
     if nearby:
         raise MissingDataError(f"{path}: the data set is one folder further down; use --data.path {nearby[0]}")
-    found = ", ".join(p.name for p in inside[:12]) + (f" and {len(inside) - 12} more" if len(inside) > 12 else "")
+    packed = [file.name for file in inside if file.name.endswith(ARCHIVES)]
+    if packed and not hint:
+        hint = f"unpack {', '.join(packed[:3])} there"
+    found = f"found {found_in(path)}" + (f"; {hint}" if hint else "")
     known = "; ".join(layout.files for layout in FORMATS.values())
-    raise MissingDataError(f"{path}: no data set that is known here; found {found or 'nothing'}. Known are: {known}")
+    raise MissingDataError(f"{path}: no data set that is known here; {found}. Known are: {known}")
 
 
 def load(path: Path, name: str = "auto") -> Dataset:

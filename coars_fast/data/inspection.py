@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from coars_fast.config import Config, DataConfig
@@ -35,7 +37,7 @@ def inspection(dataset: Dataset, data: DataConfig) -> list[tuple[str, str]]:
     if reading is not None:
         titled = sum(not title.startswith("Untitled [") for title in dataset.titles)
         files = ", ".join(file.rpartition("/")[2] for file in reading.files)
-        rows = [("layout", f"{reading.format}: {files}"), ("rows in the files", f"{reading.rows:,}"), *rows]
+        rows = [("layout", f"{reading.format}: {files}"), ("interactions read", f"{reading.rows:,}"), *rows]
         rows += [
             ("left out", describe_left_out(dataset)),
             ("items with a title", f"{titled:,} of {dataset.num_items:,} ({titled / dataset.num_items:.1%})"),
@@ -44,6 +46,8 @@ def inspection(dataset: Dataset, data: DataConfig) -> list[tuple[str, str]]:
             ("tied interactions", f"{reading.tied:,} in the files"),
             ("users whose last two are tied", f"{reading.tied_last_users:,} in the files"),
         ]
+        if reading.latin1_lines:
+            rows.append(("lines read as Latin-1, not UTF-8", f"{reading.latin1_lines:,} in the items' file"))
     return rows + _split(dataset, data)
 
 
@@ -58,10 +62,11 @@ def _split(dataset: Dataset, data: DataConfig) -> list[tuple[str, str]]:
         ("users evaluated", f"{len(split.eval_users):,}{own}"),
     ]
     try:
-        warnings = check_tasks(dataset, split, Config(data=data))
+        # How many are evaluated stands above.
+        notes = check_tasks(dataset, split, Config(data=replace(data, num_eval_users=len(split.eval_users))))
     except DataError as error:
-        warnings = [str(error)]
-    return rows + [("warning", warning) for warning in warnings]
+        notes = [str(error)]
+    return rows + [("note", note) for note in notes]
 
 
 def _spread(counts: np.ndarray) -> str:

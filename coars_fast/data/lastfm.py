@@ -13,7 +13,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from coars_fast.data.records import Dataset
-from coars_fast.data.table import Rows, Titles, assemble, find_column, found_in, parse_id, parse_time, text_lines
+from coars_fast.data.table import (
+    Rows,
+    Titles,
+    assemble,
+    data_path,
+    find_column,
+    found_in,
+    parse_id,
+    parse_time,
+    text_lines,
+)
 from coars_fast.errors import DataError, MissingDataError
 
 ARTISTS, TAGGED, PLAYED = "artists.dat", "user_taggedartists-timestamps.dat", "user_artists.dat"
@@ -28,10 +38,11 @@ def load_lastfm(folder: str | Path) -> Dataset:
     """Read a hetrec2011-lastfm-2k folder.
 
     Raises:
-        MissingDataError: a file is missing; says so if only play counts, without an order, are there.
+        MissingDataError: no such folder, or a file is missing; says so if only play counts, without an order, are
+            there.
         DataError: a file is malformed; names the file, line and field.
     """
-    folder = Path(folder)
+    folder = data_path(folder)
     if not (folder / ARTISTS).is_file():
         raise MissingDataError(f"{folder}: expected {ARTISTS} and {TAGGED}; found {found_in(folder)}")
     if not (folder / TAGGED).is_file():
@@ -40,7 +51,7 @@ def load_lastfm(folder: str | Path) -> Dataset:
             f"interactions: unpack the whole archive there"
         )
     artists, rows, pairs = Titles(file=ARTISTS), Rows(), set()
-    for line, (artist, name) in _fields(folder / ARTISTS, ("id", "name")):
+    for line, (artist, name) in _fields(folder / ARTISTS, ("id", "name"), artists.latin1):
         artists.add(parse_id(artist, "id", folder / ARTISTS, line), name)
     path = folder / TAGGED
     for line, (user, artist, time) in _fields(path, ("userID", "artistID", "timestamp")):
@@ -62,10 +73,10 @@ def load_lastfm(folder: str | Path) -> Dataset:
     )
 
 
-def _fields(path: Path, names: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
-    """(line, the named fields) of every row of a tab-separated file with a header."""
+def _fields(path: Path, names: tuple[str, ...], latin1: list[int] | None = None) -> Iterator[tuple[int, list[str]]]:
+    """(line, the named fields) of every row of a tab-separated file with a header; `latin1` as in `text_lines`."""
     columns: list[int] = []
-    for line, text in text_lines(path, fallback="latin-1"):
+    for line, text in text_lines(path, latin1=latin1):
         row = text.split("\t")
         if not columns:
             columns = [find_column(row, (name,), path) for name in names]

@@ -10,19 +10,18 @@ JSON lines beside them, once:
 
 A row becomes a user: its window, then `next` as the item held out. Rows of the test part are the users that are
 evaluated (122 of 1,220 for LastFM, as in LLaRA's and AFL's tables); `next` of the others is theirs to learn from only
-through training episodes. Rows whose `next` stands in their window already, or that have fewer than three items (as
-LLaRA leaves them out), are dropped and counted.
+through training episodes. Windows that hold their `next` already, or fewer than three items (as LLaRA leaves them out),
+are dropped and counted. `len_seq` counts items of `seq`, so one below zero or beyond its end is an error.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from coars_fast.data.records import Dataset
-from coars_fast.data.table import Rows, Titles, assemble, found_in, parse_id, text_lines
+from coars_fast.data.table import Rows, Titles, assemble, data_path, found_in, json_object, parse_id, text_lines
 from coars_fast.errors import DataError, MissingDataError
 
 NAMES = "id2name.txt"
@@ -39,10 +38,10 @@ def load_llara(folder: str | Path) -> Dataset:
     """Read the folder of a LLaRA data set whose parts were turned into JSON lines.
 
     Raises:
-        MissingDataError: no names, or a part is missing or still a pickle.
+        MissingDataError: no such folder, no names, or a part is missing or still a pickle.
         DataError: a file is malformed; names the file and line.
     """
-    folder = Path(folder)
+    folder = data_path(folder)
     if not is_llara(folder):
         raise MissingDataError(f"{folder}: expected {NAMES} and *_data.jsonl; found {found_in(folder)}")
     names = _read_names(folder / NAMES)
@@ -69,8 +68,8 @@ def load_llara(folder: str | Path) -> Dataset:
         layout="llara",
         files=(*parts, folder / NAMES),
         left_out=[
-            (f"rows of fewer than {_MIN_LENGTH} items", short),
-            ("rows whose next item stands in their window", seen),
+            (f"windows of fewer than {_MIN_LENGTH} items", short),
+            ("windows that hold their next item", seen),
         ],
     )
     return replace(dataset, test_users=tuple(u for u, name in enumerate(dataset.user_ids) if name in test_rows))
@@ -92,7 +91,7 @@ def _part(folder: Path, part: str) -> Path:
 
 def _read_names(path: Path) -> Titles:
     names = Titles(file=path.name)
-    for line, text in text_lines(path, fallback="latin-1"):
+    for line, text in text_lines(path, latin1=names.latin1):
         item, separator, name = text.partition("::")
         if not separator:
             raise DataError(f"{path}, line {line}: expected id::name, found {text[:60]!r}")
@@ -102,17 +101,19 @@ def _read_names(path: Path) -> Titles:
 
 def _window(text: str, path: Path, line: int) -> tuple[list[str], str]:
     """(items without padding, next item) of a row."""
-    try:
-        row: Any = json.loads(text)
-        window = [_item(item) for item in row["seq"]][: int(row["len_seq"])]
-        return window, _item(row["next"])
-    except (ValueError, TypeError, KeyError) as error:
+    row = json_object(text, path, line)
+    seq, length, target = (row.get(key) for key in ("seq", "len_seq", "next"))
+    if not (isinstance(seq, list) and all(map(_is_item, [*seq, target])) and type(length) is int):
         raise DataError(
-            f"{path}, line {line}: expected an object with seq, len_seq and next, found {text[:60]!r}"
-        ) from error
+            f"{path}, line {line}: expected seq (a list of items), len_seq (a whole number) and next (an item), found "
+            f"{text[:60]!r}"
+        )
+    if not 0 <= length <= len(seq):
+        raise DataError(
+            f"{path}, line {line}: len_seq should be from 0 to {len(seq)}, the length of seq, found {length}"
+        )
+    return [str(item) for item in seq[:length]], str(target)
 
 
-def _item(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise ValueError(f"{value!r} is no item")
-    return str(value)
+def _is_item(value: Any) -> bool:
+    return type(value) in (int, str)

@@ -16,7 +16,7 @@ _LOG = logging.getLogger(__name__)
 
 def load_dataset(config: Config) -> Dataset:
     """The synthetic world or what `data.path` holds, as `data.format` says; without users and items of too few
-    interactions. What was left out of files is logged in one line.
+    interactions. What was left out of files is logged (:func:`notes`).
 
     Raises:
         MissingDataError, DataError: see :func:`coars_fast.data.formats.load`; also if nothing is left.
@@ -30,9 +30,19 @@ def load_dataset(config: Config) -> Dataset:
 
         dataset = load(Path(config.data.path), config.data.format)
     dataset = core(dataset, users=config.data.min_interactions, items=config.data.min_item_interactions)
-    if dataset.reading is not None and dataset.reading.left_out:
-        _LOG.info("%s: left out: %s", dataset.name, describe_left_out(dataset))
+    for note in notes(dataset):
+        _LOG.info("%s: %s", dataset.name, note)
     return dataset
+
+
+def notes(dataset: Dataset) -> list[str]:
+    """What a run says once about how its files were read: what was left out, and what was read in another way."""
+    reading, said = dataset.reading, []
+    if reading is not None and reading.left_out:
+        said.append(f"left out: {describe_left_out(dataset)}")
+    if reading is not None and reading.latin1_lines:
+        said.append(f"read as Latin-1: {reading.latin1_lines:,} lines of the items' file that are not UTF-8")
+    return said
 
 
 def describe_left_out(dataset: Dataset) -> str:

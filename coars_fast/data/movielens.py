@@ -1,7 +1,8 @@
 """MovieLens as an implicit-feedback data set: who took what, and when.
 
 Reads all public layouts: `movies.csv` + `ratings.csv` (ml-latest*, ml-20m, ml-25m, ml-32m; UTF-8), `movies.dat` +
-`ratings.dat` with `::` (ml-1m: Latin-1, ml-10m: UTF-8) and `u.item` + `u.data` (ml-100k: Latin-1). As in the
+`ratings.dat` with `::` (ml-1m: Latin-1, ml-10m: UTF-8) and `u.item` + `u.data` (ml-100k: Latin-1); a line of the latter
+two that is not UTF-8 is read as Latin-1, and counted. As in the
 sequential-recommendation literature every rating counts as an interaction, whatever its value; genres, tags and links
 are left out. Movie titles stay as they are ("Matrix, The (1999)") but on one line and unique. Order, repetitions and
 unknown movies: see :mod:`coars_fast.data.table`.
@@ -9,8 +10,6 @@ unknown movies: see :mod:`coars_fast.data.table`.
 
 from __future__ import annotations
 
-import csv
-import io
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import NoReturn
 import numpy as np
 
 from coars_fast.data.records import Dataset
-from coars_fast.data.table import Table, Titles, assemble, found_in
+from coars_fast.data.table import Table, Titles, assemble, csv_rows, data_path, found_in, text_lines
 from coars_fast.errors import DataError, MissingDataError
 
 _DOWNLOAD = "get a data set from https://grouplens.org/datasets/movielens/ and unpack it there"
@@ -58,7 +57,7 @@ def load_movielens(folder: str | Path) -> Dataset:
         DataError: a file is malformed (names the file, line, field and text found), holds no rating, or its ratings
             belong to other movies.
     """
-    folder = Path(folder)
+    folder = data_path(folder)
     layout = _find_layout(folder)
     titles = _read_movies(folder / layout.movies, layout)
     users, movies, times = _read_ratings(folder / layout.ratings, layout)
@@ -73,7 +72,7 @@ def load_movielens(folder: str | Path) -> Dataset:
     )
     return assemble(
         table,
-        Titles(file=layout.movies, of={str(movie): title for movie, title in titles.items()}),
+        titles,
         name=folder.resolve().name,
         layout="movielens",
         files=(folder / layout.ratings, folder / layout.movies),
@@ -81,10 +80,6 @@ def load_movielens(folder: str | Path) -> Dataset:
 
 
 def _find_layout(folder: Path) -> _Layout:
-    if not folder.exists():
-        raise MissingDataError(f"{folder}: no such folder; {_DOWNLOAD}, or give another --data.path")
-    if not folder.is_dir():
-        raise MissingDataError(f"{folder}: this is a file; --data.path takes the folder that holds the data set")
     for layout in _LAYOUTS:
         if (folder / layout.movies).is_file() and (folder / layout.ratings).is_file():
             return layout
@@ -95,70 +90,43 @@ def _find_layout(folder: Path) -> _Layout:
     )
 
 
-def _decode(path: Path, layout: _Layout) -> str:
-    """The text of a file: UTF-8, with or without a byte-order mark; a file without a header that is not is Latin-1."""
-    data = path.read_bytes()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        if not layout.has_header:
-            return data.decode("latin-1")
-        line = data.count(b"\n", 0, error.start) + 1
-        found = data[error.start : error.start + 8]
-        raise DataError(f"{path}, line {line}: not UTF-8 ({found!r}); save the file as UTF-8") from error
-
-
-def _read_movies(path: Path, layout: _Layout) -> dict[int, str]:
+def _read_movies(path: Path, layout: _Layout) -> Titles:
     """movieId -> raw title."""
-    titles: dict[int, str] = {}
-    rows = _csv_rows(path, layout) if layout.has_header else _dat_rows(path, layout)
+    titles = Titles(file=path.name)
+    rows = _csv_rows(path) if layout.has_header else _dat_rows(path, layout, titles.latin1)
     for line, row in rows:
         if len(row) < 2:
             raise DataError(f"{path}, line {line}: expected a movieId and a title, found {_show(row, layout)}")
-        movie = _parse_int(row[0], path, line, "movieId")
-        if movie in titles:
+        movie = str(_parse_int(row[0], path, line, "movieId"))
+        if movie in titles.of:
             raise DataError(f"{path}, line {line}: movieId {movie} stands there twice; keep one of the lines")
-        titles[movie] = row[1]
-    if not titles:
+        titles.of[movie] = row[1]
+    if not titles.of:
         raise DataError(f"{path}: no movie in it; {_DOWNLOAD}")
     return titles
 
 
-def _csv_rows(path: Path, layout: _Layout) -> Iterator[tuple[int, list[str]]]:
+def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """(line, [movieId, title]) of every row, whatever the order of the columns."""
-    reader = csv.reader(io.StringIO(_decode(path, layout), newline=""), strict=True)
-    line = 1
-    try:
-        header = next(reader, [])
-        columns = _find_columns(path, header, ("movieId", "title"))
-        while True:
-            line = reader.line_num + 1  # where the next row starts; a quoted title may span lines
-            row = next(reader, None)
-            if row is None:
-                return
-            if row:
-                yield line, [row[c] for c in columns if c < len(row)]
-    except csv.Error as error:
-        raise DataError(f"{path}, line {line}: not readable as CSV ({error}); look for a stray quote") from error
+    rows = csv_rows(path)
+    columns = _find_columns(path, next(rows, (1, []))[1], ("movieId", "title"))
+    return ((line, [row[c] for c in columns if c < len(row)]) for line, row in rows)
 
 
-def _dat_rows(path: Path, layout: _Layout) -> Iterator[tuple[int, list[str]]]:
-    for line, text in enumerate(_decode(path, layout).split("\n"), 1):
-        text = text.rstrip("\r")
-        if text:
-            movie, separator, rest = text.partition(layout.movie_separator)
-            if layout.movie_separator == "|":  # date, link and genre flags follow
-                yield line, [movie, rest.partition("|")[0]] if separator else [movie]
-            else:  # A title may hold "::" itself: the id stands before the first, the genres after the last.
-                yield line, [movie, rest.rpartition("::")[0] if "::" in rest else rest]
+def _dat_rows(path: Path, layout: _Layout, latin1: list[int]) -> Iterator[tuple[int, list[str]]]:
+    for line, text in text_lines(path, latin1=latin1):
+        movie, separator, rest = text.partition(layout.movie_separator)
+        if layout.movie_separator == "|":  # date, link and genre flags follow
+            yield line, [movie, rest.partition("|")[0]] if separator else [movie]
+        else:  # A title may hold "::" itself: the id stands before the first, the genres after the last.
+            yield line, [movie, rest.rpartition("::")[0] if "::" in rest else rest]
 
 
 def _read_ratings(path: Path, layout: _Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(userId, movieId, timestamp), each [N] int64, in the order of the file; all four fields are checked."""
     columns = tuple(range(4))
     if layout.has_header:
-        with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-            columns = _find_columns(path, file.readline().rstrip("\r\n").split(","), _RATING_FIELDS)
+        columns = _find_columns(path, next(csv_rows(path), (1, []))[1], _RATING_FIELDS)
     stride = len(layout.separator)  # split at each ":", "1::2" has an empty field between: every second one counts
     dtype = np.dtype([(name, np.float64 if name == "rating" else np.int64) for name in _RATING_FIELDS])
     try:
@@ -172,7 +140,7 @@ def _read_ratings(path: Path, layout: _Layout) -> tuple[np.ndarray, np.ndarray, 
                 usecols=[column * stride for column in columns],
                 skiprows=int(layout.has_header),
                 comments=None,
-                encoding="utf-8",
+                encoding="utf-8-sig",
                 ndmin=1,
             )
     except (ValueError, DeprecationWarning) as error:  # UnicodeDecodeError is a ValueError
@@ -186,9 +154,8 @@ def _read_ratings(path: Path, layout: _Layout) -> tuple[np.ndarray, np.ndarray, 
 
 def _explain_ratings(path: Path, layout: _Layout, columns: tuple[int, ...], cause: Exception | None) -> NoReturn:
     """Read a file that numpy refused line by line, and raise the error that a person can act on."""
-    for line, text in enumerate(_decode(path, layout).split("\n"), 1):
-        text = text.rstrip("\r")
-        if not text or (line == 1 and layout.has_header):
+    for line, text in text_lines(path, latin1=None if layout.has_header else []):
+        if line == 1 and layout.has_header:
             continue
         row = text.split(layout.separator)
         if len(row) <= max(columns):

@@ -6,13 +6,20 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from coars_fast.data.records import Dataset
+from coars_fast.errors import ConfigError
 from coars_fast.plots import BLUE, ORANGE, STYLE
 
 
 def draw(before: Dataset, after: Dataset, path: Path) -> Path:
-    """Draw both as a PNG file: the whole data set, and what is left of it to play with."""
+    """Draw both: the whole data set, and what is left of it to play with. Returns where; see :func:`picture_path`.
+
+    Raises:
+        ConfigError: nothing can be written there.
+    """
+    path = picture_path(path)
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained")
         for dataset, color, name in ((before, ORANGE, "in the files"), (after, BLUE, "played with")):
@@ -31,6 +38,26 @@ def draw(before: Dataset, after: Dataset, path: Path) -> Path:
         for axes in (left, right):
             axes.legend()
         figure.suptitle(after.name)
-        figure.savefig(path)
-        plt.close(figure)
+        try:
+            figure.savefig(path)
+        except OSError as error:
+            raise ConfigError(f"--plot: {path} cannot be written ({error.strerror}); give another file") from error
+        finally:
+            plt.close(figure)
     return path
+
+
+def picture_path(path: Path) -> Path:
+    """Where a picture named so is written: a PNG file, unless its name ends in another format that matplotlib writes.
+
+    Raises:
+        ConfigError: a folder, in a folder that is not there, or of an unknown format.
+    """
+    if path.is_dir():
+        raise ConfigError(f"--plot: {path} is a folder; give the name of a file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--plot: {path}: no folder {path.parent}; make it, or give another file")
+    known = FigureCanvasAgg.get_supported_filetypes()
+    if path.suffix and path.suffix[1:].lower() not in known:
+        raise ConfigError(f"--plot: {path}: no such format; known are {', '.join(sorted(known))}")
+    return path if path.suffix else path.with_name(f"{path.name}.png")

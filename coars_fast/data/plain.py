@@ -3,7 +3,7 @@
 `interactions.csv` has a column `user`, a column `item` and, if there is one, a column `timestamp`: numbers in any unit
 or dates (2024-05-01, 2024-05-01T12:30:00+02:00). Without it the order of the rows counts. `items.csv` has a column
 `item` and a column `title`. Ids are any text; `user_id`, `userId` and the like are read as well, other columns are left
-out.
+out. A bare `id` is the item in `items.csv` alone: among interactions it is mostly the number of the row.
 An item that `items.csv` describes twice, and differently, is an error: nobody else could say which title is meant.
 """
 
@@ -18,6 +18,7 @@ from coars_fast.data.table import (
     Titles,
     assemble,
     csv_rows,
+    data_path,
     find_column,
     found_in,
     optional_column,
@@ -27,7 +28,7 @@ from coars_fast.data.table import (
 from coars_fast.errors import DataError, MissingDataError
 
 INTERACTIONS, ITEMS = "interactions.csv", "items.csv"
-_USER, _ITEM = ("user", "user_id", "uid"), ("item", "item_id", "iid", "id")
+_USER, _ITEM = ("user", "user_id", "uid"), ("item", "item_id", "iid")
 _TIME, _TITLE = ("timestamp", "time", "date", "datetime"), ("title", "name", "item_title", "item_name")
 
 
@@ -40,10 +41,10 @@ def load_plain(folder: str | Path) -> Dataset:
     """Read a folder with both files.
 
     Raises:
-        MissingDataError: a file is missing.
+        MissingDataError: no such folder, or a file is missing.
         DataError: a file is malformed; names the file, line and field.
     """
-    folder = Path(folder)
+    folder = data_path(folder)
     if not is_plain(folder):
         raise MissingDataError(f"{folder}: expected {INTERACTIONS} and {ITEMS}; found {found_in(folder)}")
     interactions, items = folder / INTERACTIONS, folder / ITEMS
@@ -51,7 +52,7 @@ def load_plain(folder: str | Path) -> Dataset:
     for line, (user, item, time) in _named(interactions, (_USER, _ITEM), _TIME):
         names = parse_id(user, "user", interactions, line), parse_id(item, "item", interactions, line)
         rows.add(*names, *(() if time is None else (parse_time(time, interactions, line),)))
-    for line, (item, title, _) in _named(items, (_ITEM, _TITLE), ()):
+    for line, (item, title, _) in _named(items, ((*_ITEM, "id"), _TITLE), ()):
         item = parse_id(item, "item", items, line)
         if titles.of.get(item, title) != title:
             raise DataError(

@@ -16,6 +16,7 @@ from coars_fast.data.table import (
     Rows,
     Titles,
     assemble,
+    data_path,
     find_column,
     found_in,
     optional_column,
@@ -37,10 +38,10 @@ def load_recbole(path: str | Path) -> Dataset:
     """Read the atomic files of a folder, or those of a `.inter` file.
 
     Raises:
-        MissingDataError: no `.inter` file, or no `.item` file beside it.
+        MissingDataError: no such folder, no `.inter` file, or no `.item` file beside it.
         DataError: several `.inter` files in the folder, or a malformed one; names the file, line and field.
     """
-    path = Path(path)
+    path = data_path(path, file_endings=(".inter",))
     found = _inter_files(path)
     if not found:
         raise MissingDataError(f"{path}: expected NAME.inter and NAME.item; found {found_in(path)}")
@@ -79,7 +80,7 @@ def _read_inter(path: Path) -> Rows:
     found = _rows(path)
     _, header = next(found)
     if any(name.endswith("_list") for name in header):
-        raise DataError(f"{path}: holds prepared sequences ({', '.join(header)[:80]}); give the atomic files instead")
+        raise DataError(f"{path}: holds prepared sequences ({', '.join(header)[:80]!r}); give the atomic files instead")
     user, item = find_column(header, _USERS, path), find_column(header, _ITEMS, path)
     time = optional_column(header, _TIMES)
     rows = Rows()
@@ -95,7 +96,9 @@ def _read_items(path: Path) -> Titles:
     item = find_column(header, _ITEMS, path)
     title = next((n for word in ("title", "name") for n, name in enumerate(header) if word in name.casefold()), None)
     if title is None:
-        raise DataError(f"{path}, line 1: no field with title or name in its own name; found {', '.join(header)[:80]}")
+        raise DataError(
+            f"{path}, line 1: no field with title or name in its own name; found {', '.join(header)[:80]!r}"
+        )
     titles = Titles(file=path.name)
     for line, row in found:
         titles.add(parse_id(row[item], header[item], path, line), row[title])

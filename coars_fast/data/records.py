@@ -13,7 +13,7 @@ class Reading:
     """Layout that was read, as `data.format` calls it."""
     files: tuple[str, ...]
     rows: int
-    """Interactions in the files."""
+    """Interactions that were read from the files."""
     ordered_by: str
     """`timestamp`, or `file` where there is none and the order of the rows counts."""
     left_out: tuple[tuple[str, int], ...] = ()
@@ -26,6 +26,8 @@ class Reading:
     """Items that the files list without a title; they are called `Untitled [id]`."""
     altered_titles: int = 0
     """Items whose title was folded to one line, cut, or told apart from an equal one."""
+    latin1_lines: int = 0
+    """Lines of the items' file that are not UTF-8 and were read as Latin-1."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,23 +10,27 @@ from __future__ import annotations
 
 import csv
 import gzip
+import json
 import logging
 import math
+import re
 import zlib
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from coars_fast.data.records import Dataset, Reading
 from coars_fast.data.titles import fold_title, unique_titles
-from coars_fast.errors import DataError
+from coars_fast.errors import DataError, MissingDataError
 
 _LOG = logging.getLogger(__name__)
 MAX_UNKNOWN_SHARE = 0.1
+ARCHIVES = (".zip", ".gz", ".tgz", ".tar", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +83,8 @@ class Titles:
     of: dict[str, str] = field(default_factory=dict)
     repeated: int = 0
     """Rows about an item that an earlier row had described."""
+    latin1: list[int] = field(default_factory=list)
+    """Lines that are not UTF-8 and were read as Latin-1; see :func:`text_lines`."""
 
     def add(self, item: str, title: str) -> None:
         """The first title that is not empty counts."""
@@ -127,7 +133,10 @@ def assemble(
             raise DataError(f"{text}; are the two files of the same data set?")
         _LOG.warning("%s; they are dropped", text)
         dropped.append((f"interactions with items that {titles.file} lacks", unknown))
+        num_users = len(np.unique(users))
         users, items, times = users[known], items[known], times[known]
+        if lost := num_users - len(np.unique(users)):
+            dropped.append(("users of nothing but those", lost))
     users, items, times, repeats = _ordered(users, items, times)
     dropped += [("repeated interactions of a user with an item", repeats)] if repeats else []
     dropped += [(f"repeated items in {titles.file}", titles.repeated)] if titles.repeated else []
@@ -158,6 +167,7 @@ def assemble(
             tied_last_users=int((same[lasts[lasts > starts] - 1]).sum()),
             untitled=untitled,
             altered_titles=sum(a != b for a, b in zip(raw, shown, strict=True)) - untitled,
+            latin1_lines=len(titles.latin1),
         ),
     )
 
@@ -191,49 +201,80 @@ def _ordered(users: np.ndarray, items: np.ndarray, times: np.ndarray) -> tuple[n
 # Reading files ------------------------------------------------------------------------------------------------------
 
 
-def text_lines(path: Path, *, fallback: str | None = None, empty: bool = False) -> Iterator[tuple[int, str]]:
+def data_path(path: str | Path, *, file_endings: tuple[str, ...] = ()) -> Path:
+    """The path of a data set, which is there: a folder, or a file whose name ends in one of `file_endings`.
+
+    Raises:
+        MissingDataError: nothing is there, or another file.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise MissingDataError(
+            f"{path}: no such folder; `python -m coars_fast.data download` lists public data sets (MovieLens and "
+            f"others), or give another --data.path"
+        )
+    if path.is_dir() or (file_endings and path.name.endswith(file_endings)):
+        return path
+    if path.name.endswith(ARCHIVES):
+        raise MissingDataError(f"{path}: this is an archive; unpack it and give the folder with its files")
+    raise MissingDataError(f"{path}: this is a file; give the folder that holds the data set")
+
+
+def found_in(folder: Path) -> str:
+    """Names of what a folder holds, for an error message."""
+    names = sorted(path.name for path in folder.iterdir())
+    found = ", ".join(names[:12])
+    return found + (f" and {len(names) - 12} more" if len(names) > 12 else "") or "nothing"
+
+
+def text_lines(path: Path, *, latin1: list[int] | None = None, empty: bool = False) -> Iterator[tuple[int, str]]:
     """(number from 1, text without its line break) of every line that is not empty, or of all, of a plain or a `.gz`
     file.
 
     Args:
-        fallback: encoding of a line that is not UTF-8; None: such a line is an error.
+        latin1: lines that are not UTF-8 are read as Latin-1, and their numbers added here; None: they are errors.
 
     Raises:
-        DataError: not UTF-8, or a `.gz` file that is broken or cut short; names the line.
+        DataError: not UTF-8, packed without saying so, or a `.gz` file that is broken or cut short; names the line.
     """
     number = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             for number, data in enumerate(file, 1):
                 if number == 1:
+                    if data.startswith((b"\x1f\x8b", b"PK\x03\x04")):
+                        raise DataError(f"{path}: looks like a gzip or zip archive; unpack it")
                     data = data.removeprefix(b"\xef\xbb\xbf")
                 data = data.rstrip(b"\r\n")
                 if data or empty:
-                    yield number, _decode(data, path, number, fallback)
+                    yield number, _decode(data, path, number, latin1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(
             f"{path}: broken or cut short after line {number} ({error}); download or copy it again"
         ) from error
 
 
-def _decode(data: bytes, path: Path, number: int, fallback: str | None) -> str:
+def _decode(data: bytes, path: Path, number: int, latin1: list[int] | None) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        if fallback is not None:
-            return data.decode(fallback)
+        if latin1 is not None:
+            latin1.append(number)
+            return data.decode("latin-1")
         found = data[error.start : error.start + 8]
         raise DataError(f"{path}, line {number}: not UTF-8 ({found!r}); save the file as UTF-8") from error
 
 
 def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line where it starts, fields) of every row of a UTF-8 file with commas; a quoted field may span lines.
+    """(line where it starts, fields) of every row of a UTF-8 file with commas; a quoted field may span lines, and a
+    carriage return alone ends a line too.
 
     Raises:
         DataError: not UTF-8, or a stray quote.
     """
-    lines = (text + "\n" for _, text in text_lines(path, empty=True))
-    reader, line = csv.reader(lines, strict=True), 1
+    texts = (text + "\n" for _, text in text_lines(path, empty=True))
+    reader = csv.reader((part for text in texts for part in re.split(r"(?<=\r)", text)), strict=True)
+    line = 1
     try:
         while True:
             line = reader.line_num + 1
@@ -244,6 +285,21 @@ def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
                 yield line, row
     except csv.Error as error:
         raise DataError(f"{path}, line {line}: not readable as CSV ({error}); look for a stray quote") from error
+
+
+def json_object(text: str, path: Path, line: int) -> dict[str, Any]:
+    """The JSON object that a line holds.
+
+    Raises:
+        DataError: it is none, or nested too deep to read.
+    """
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}, line {line}: not JSON ({error}); found {text[:60]!r}") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{path}, line {line}: expected a JSON object, found {text[:60]!r}")
+    return record
 
 
 def find_column(header: Sequence[str], names: Sequence[str], path: Path) -> int:
@@ -283,9 +339,3 @@ def parse_id(text: str, what: str, path: Path, line: int) -> str:
     if name := text.strip():
         return name
     raise DataError(f"{path}, line {line}: {what} is empty")
-
-
-def found_in(folder: Path) -> str:
-    """Names of what a folder holds, for an error message."""
-    names = sorted(path.name for path in folder.iterdir())
-    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "") or "nothing"

@@ -8,16 +8,19 @@ from collections.abc import Sequence
 MAX_TITLE = 200
 """Characters that are kept of a title; a shop's may run to thousands, and 20 of them stand in one prompt."""
 
+BLANK = "\u115f\u1160\u2800\u3164\uffa0"
+"""Letters and symbols to Unicode (fillers of Hangul, the empty Braille pattern) that show nothing."""
+
 
 def fold_title(text: str) -> str:
-    """One line without control characters: white space (line breaks too) becomes single spaces, ends are trimmed, and
-    invisible format characters (such as bidirectional overrides) go."""
+    """One line without control characters: white space (line breaks and blank letters too) becomes single spaces, ends
+    are trimmed, and invisible format characters (such as bidirectional overrides) go."""
     kept = []
     for character in text:
         category = unicodedata.category(character)
         if category == "Cf":
             continue
-        kept.append(" " if category in ("Cc", "Cs", "Co", "Cn") else character)
+        kept.append(" " if category in ("Cc", "Cs", "Co", "Cn") or character in BLANK else character)
     return " ".join("".join(kept).split())
 
 

@@ -161,7 +161,7 @@ class Episode:
         """Index of the candidate that a recommender's reply names; None: it cannot be read."""
         if not self._ended(reply):
             return None
-        return parse_recommendation(self.codec.decode(self._words(reply)), self.candidate_titles)
+        return parse_recommendation(self.codec.decode(self._words(reply)), self.candidate_titles, self.prompts)
 
     def judgement(self, reply: Reply) -> Judgement | None:
         """What a user agent's reply says; None: it cannot be read."""

@@ -228,7 +228,7 @@ class LessonMaker:
         history = [episode.titles[i] for i in episode.task.history]
         truth = episode.titles[episode.task.target]
         if agent == RECOMMENDER:
-            named = parse_recommendation(self._speak(episode, rng), episode.candidate_titles)
+            named = parse_recommendation(self._speak(episode, rng), episode.candidate_titles, episode.prompts)
             assert named is not None
             turn = Turn(len(episode.turns) + 1, "", None, hit=episode.task.candidates[named] == episode.task.target)
             style, genre = kind(truth)

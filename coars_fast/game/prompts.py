@@ -162,24 +162,36 @@ def decision_start(text: str, name: str) -> int:
     return found[-1].start() if found else len(text)
 
 
-def parse_recommendation(text: str, titles: Sequence[str]) -> int | None:
-    """Index of the candidate that a recommender's reply names: by its whole title, by number, or by the normalised
-    title after a number; else None.
+def parse_recommendation(text: str, titles: Sequence[str], prompts: PromptSet) -> int | None:
+    """Index of the candidate that a recommender's reply names; None where it names none, or several.
 
-    The last line that starts with `Item:` counts.
+    The last line that starts with `Item:` counts. A candidate exactly as these prompts list it is that one, whatever
+    other titles look like. Else, in this order: the whole title (where titles alone are listed in any case and
+    punctuation, and digits alone are a title too), the number, the normalised title with or without a number before it.
     """
     named = last_field(text, "Item")
     if named is None:
         return None
-    if named in titles and not named.isdigit():  # "21. Jump Street" may be a title
+    listed = [name_item(prompts, n, title) for n, title in enumerate(titles, start=1)]
+    if named in listed:
+        return listed.index(named)
+    if "{number}" not in prompts.item:
+        if alike := _alike(titles, {normal(named)}):
+            return alike[0] if len(alike) == 1 else None
+    elif named in titles and not named.isdigit():  # "21. Jump Street" may be a title
         return list(titles).index(named)
     number = re.match(r"(\d{1,6})(?!\d)\s*(?:[.):]|$)", named)
     if number and 1 <= int(number[1]) <= len(titles):
         return int(number[1]) - 1
     # A title may begin with a number itself: "2001: A Space Odyssey".
-    wanted = {normal(named), normal(re.sub(r"^\d+\s*[.):]\s*", "", named))} - {""}
-    matches = [i for i, title in enumerate(titles) if normal(title) in wanted]
-    return matches[0] if len(matches) == 1 else None
+    alike = _alike(titles, {normal(named), normal(re.sub(r"^\d+\s*[.):]\s*", "", named))})
+    return alike[0] if len(alike) == 1 else None
+
+
+def _alike(titles: Sequence[str], wanted: set[str]) -> list[int]:
+    """Indices of the titles that normalise to one of these; what normalises to nothing is like none."""
+    wanted = wanted - {""}
+    return [i for i, title in enumerate(titles) if normal(title) in wanted]
 
 
 @dataclass(frozen=True)

@@ -10,23 +10,46 @@ from pathlib import Path
 import pytest
 
 from coars_fast.config import Config, DataConfig
-from coars_fast.data.formats import detect, load
+from coars_fast.data.formats import FORMATS, detect, load
 from coars_fast.data.load import load_dataset
 from coars_fast.errors import DataError, MissingDataError
 from tests.faults.test_game_hostile_titles import HOSTILE
 from tests.unit.test_data_formats import AMAZON_2018, AMAZON_2023, LASTFM, LLARA, ML_100K, PLAIN, RECBOLE, write
 
+AMAZON_RATINGS = {"Video_Games.csv": "", "meta_Video_Games.jsonl.gz": AMAZON_2023["meta_Video_Games.jsonl.gz"]}
+
 
 def test_nothing_there(tmp_path: Path) -> None:
-    with pytest.raises(MissingDataError, match=r"nowhere: no such folder.*download.*--data.path"):
-        load(tmp_path / "nowhere")
     with pytest.raises(MissingDataError, match=r"found nothing\. Known are: MovieLens.*interactions.csv and items.csv"):
         detect(tmp_path)
     write(tmp_path, {"notes.txt": "x"})
     with pytest.raises(MissingDataError, match=r"found notes.txt\. Known"):
         detect(tmp_path)
-    with pytest.raises(MissingDataError, match=r"notes.txt: no data set that is known here"):
-        detect(tmp_path / "notes.txt")
+    write(tmp_path, {"ml.zip": "x", "ratings.csv.gz": "x"})
+    with pytest.raises(MissingDataError, match=r"notes.txt, ratings.csv.gz; unpack ml.zip, ratings.csv.gz there"):
+        detect(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["auto", *FORMATS])
+def test_no_folder_or_a_file_for_one_is_the_same_error_in_every_layout(tmp_path: Path, name: str) -> None:
+    write(tmp_path, {"notes.txt": "x", "ml.zip": "x"})
+    with pytest.raises(MissingDataError, match=r"nowhere: no such folder.*download.*--data.path"):
+        load(tmp_path / "nowhere", name)
+    with pytest.raises(MissingDataError, match=r"notes\.txt: this is a file; give the folder that holds the data set"):
+        load(tmp_path / "notes.txt", name)
+    with pytest.raises(MissingDataError, match=r"ml\.zip: this is an archive; unpack it and give the folder"):
+        load(tmp_path / "ml.zip", name)
+    with pytest.raises(MissingDataError, match=r"found ml\.zip, notes\.txt"):
+        load(tmp_path, name)
+
+
+def test_reviews_without_metadata_name_what_is_missing(tmp_path: Path) -> None:
+    write(tmp_path, {"Games_5.json.gz": "{}"})
+    for path in (tmp_path, tmp_path / "Games_5.json.gz"):
+        with pytest.raises(MissingDataError, match=r"if Games_5\.json\.gz holds .*, meta_Games\.json\.gz is missing"):
+            load(path)
+        with pytest.raises(MissingDataError, match=r"beside them, meta_Games\.json\.gz; found Games_5\.json\.gz"):
+            load(path, "amazon")
 
 
 @pytest.mark.parametrize(
@@ -49,9 +72,38 @@ def test_nothing_there(tmp_path: Path) -> None:
             LLARA,
             "Val_data.jsonl",
             "[1, 2]\n",
-            r"Val_data\.jsonl, line 1: expected an object with seq, len_seq and next",
+            r"Val_data\.jsonl, line 1: expected a JSON object, found '\[1, 2\]'",
         ),
-        (LLARA, "Val_data.jsonl", '{"seq": [[1]], "len_seq": 1, "next": 2}\n', r"line 1: expected an object with seq"),
+        (LLARA, "Val_data.jsonl", '{"seq": [[1]], "len_seq": 1, "next": 2}\n', r"line 1: expected seq \(a list"),
+        (LLARA, "Val_data.jsonl", '{"seq": "12345", "len_seq": 4, "next": 2}\n', r"line 1: expected seq \(a list"),
+        (LLARA, "Val_data.jsonl", '{"seq": [1], "len_seq": Infinity, "next": 2}\n', r"len_seq \(a whole number\)"),
+        (LLARA, "Val_data.jsonl", '{"seq": [1], "len_seq": 1}\n', r"next \(an item\), found"),
+        (LLARA, "Val_data.jsonl", '{"seq": [1], "len_seq": -1, "next": 2}\n', r"from 0 to 1, .*found -1"),
+        (LLARA, "Val_data.jsonl", '{"seq": [1], "len_seq": 50, "next": 2}\n', r"line 1: len_seq should .*found 50"),
+        (LLARA, "Val_data.jsonl", "[" * 200_000, r"line 1: not JSON \(maximum recursion"),
+        (AMAZON_2018, "Musical_Instruments_5.json.gz", "[" * 200_000, r"line 1: not JSON \(maximum recursion"),
+        (
+            AMAZON_2023,
+            "Video_Games.jsonl.gz",
+            '{"user_id": "U", "parent_asin": null, "timestamp": 1}\n',
+            r"line 1: expected a review with user_id, parent_asin, timestamp, found",
+        ),
+        (AMAZON_RATINGS, "Video_Games.csv", "P1,U,5,1\nP1,U\rx,5,2\n", r"Video_Games\.csv, line 2: expected 4 fields"),
+        (AMAZON_RATINGS, "Video_Games.csv", f"P1,{'z' * 200_000},5,1\n", r"line 1: not readable as CSV \(field larger"),
+        (
+            PLAIN,
+            "items.csv",
+            gzip.compress(b"item,title\n", mtime=0),
+            r"items\.csv: looks like a gzip or zip archive; unpack",
+        ),
+        (ML_100K, "u.item", b"PK\x03\x04", r"u\.item: looks like a gzip or zip archive"),
+        (ML_100K, "u.data", gzip.compress(b"1\t1\t1\t1\n", mtime=0), r"u\.data: looks like a gzip or zip archive"),
+        (
+            PLAIN,
+            "interactions.csv",
+            "id,user_id,product_id\n1,ann,x\n",
+            r"item_id or iid, found 'id,user_id,prod",
+        ),
         (AMAZON_2018, "Musical_Instruments_5.json.gz", "{'asin': 1}\n", r"line 1: not JSON"),
         (AMAZON_2018, "Musical_Instruments_5.json.gz", "3\n", r"line 1: expected a JSON object"),
         (

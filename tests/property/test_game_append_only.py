@@ -65,7 +65,7 @@ def check_step(episode: Episode, words: list[int], closing: int | None) -> None:
     own = [*ids, *(template.end[1:] if closing == template.end_of_turn else template.end)]
     shown: list[int] = []
     if agent == RECOMMENDER:
-        named = parse_recommendation(text, episode.candidate_titles) if valid else None
+        named = parse_recommendation(text, episode.candidate_titles, episode.prompts) if valid else None
         assert valid == (named is not None) and len(episode.turns) == number + 1
         if named is not None:
             peers = episode.codec.encode(f"\nPeers: {TASK.peer_counts[named]} of 5")

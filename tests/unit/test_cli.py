@@ -143,3 +143,14 @@ def test_help_in_a_process_of_its_own():
     environment = {**os.environ, "COLUMNS": "80"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
     assert "--train.num-steps INT" in done.stdout and not done.stderr
+
+
+def test_an_error_cannot_steer_a_terminal(capsys):
+    @cli.main_guard
+    def fails():
+        raise ConfigError("item \x1b[31mred\x07 \u202eleft\n is no item of Amélie’s")
+
+    with pytest.raises(SystemExit) as exit_status:
+        fails()
+    said = capsys.readouterr().err
+    assert exit_status.value.code == 2 and said == "error: item \\x1b[31mred\\x07 \\u202eleft is no item of Amélie’s\n"

@@ -254,9 +254,9 @@ def test_the_command_shows_the_terms_first(
     shown = capsys.readouterr().out
     assert "6 items of items.csv that nobody took" in shown and "100.0%" in shown
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    assert "warning" not in shown
+    assert "\nnote" not in shown
     program.main(["inspect", str(folder), "--plot", str(tmp_path / "plot.png"), "--candidates", "random24+gt"])
-    assert "9 users left fewer than 25 items untaken" in capsys.readouterr().out
+    assert "data.candidates: random24+gt needs 25 items" in capsys.readouterr().out
 
 
 def test_the_command_without_a_name_or_with_a_wrong_one(capsys: pytest.CaptureFixture[str]) -> None:

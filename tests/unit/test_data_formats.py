@@ -12,7 +12,8 @@ import pytest
 
 from coars_fast.config import Config, DataConfig
 from coars_fast.data.formats import FORMATS, detect, load
-from coars_fast.data.load import describe_left_out, load_dataset
+from coars_fast.data.inspection import inspection
+from coars_fast.data.load import describe_left_out, load_dataset, notes
 from coars_fast.data.records import Dataset
 from coars_fast.data.splits import make_split
 from coars_fast.data.table import Rows, Titles, assemble, id_order, parse_time
@@ -21,7 +22,7 @@ from coars_fast.errors import DataError
 
 
 def write(folder: Path, files: dict[str, str | bytes]) -> Path:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         data = content if isinstance(content, bytes) else content.encode()
         (folder / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
@@ -120,8 +121,8 @@ def test_llara_rows_are_users_and_its_test_rows_are_evaluated(tmp_path: Path) ->
     }
     assert data.reading and data.reading.ordered_by == "file"
     assert dict(data.reading.left_out) == {
-        "rows of fewer than 3 items": 1,
-        "rows whose next item stands in their window": 1,
+        "windows of fewer than 3 items": 1,
+        "windows that hold their next item": 1,
     }
     assert [data.user_ids[u] for u in data.test_users] == ["5"]
     split = make_split(data, DataConfig())
@@ -177,6 +178,55 @@ def test_plain(tmp_path: Path) -> None:
     data = load(write(tmp_path, PLAIN))
     assert taken(data) == {"ann": ["Plain", 'A "title", on two lines'], "bob": ['A "title", on two lines']}
     assert data.reading and data.reading.altered_titles == 1
+
+
+@pytest.mark.parametrize("ending", ["\r", "\r\n"])
+def test_csv_lines_may_end_in_a_carriage_return(tmp_path: Path, ending: str) -> None:
+    plain = {name: text.replace("\n", ending) for name, text in PLAIN.items()}
+    assert taken(load(write(tmp_path / "plain", plain))) == taken(load(write(tmp_path / "as it is", PLAIN)))
+    ratings = "user_id,parent_asin,rating,timestamp\nU,P1,5,14\nU,P2,5,13\n".replace("\n", ending)
+    meta = AMAZON_2023["meta_Video_Games.jsonl.gz"]
+    data = load(write(tmp_path / "amazon", {"Video_Games.csv": ratings, "meta_Video_Games.jsonl.gz": meta}))
+    assert taken(data) == {"U": ["Untitled [P2]", "One"]}
+
+
+def test_lines_of_titles_that_are_not_utf_8_are_read_as_latin_1_and_counted(tmp_path: Path) -> None:
+    """Each by itself: one bad byte changes no other line of a file in UTF-8."""
+    sets = {
+        "ml-100k": ML_100K | {"u.item": b"1|Caf\xc3\xa9|x\n2|Bad\xff|x\n"},
+        "ml-1m": {"movies.dat": b"1::Caf\xc3\xa9::x\n2::Bad\xff::x\n", "ratings.dat": "1::2::5::1\n1::1::5::2\n"},
+        "lastfm": LASTFM | {"artists.dat": b"id\tname\n7\tCaf\xc3\xa9\n8\tBad\xff\n"},
+        "llara": LLARA | {"id2name.txt": b"0::Caf\xc3\xa9\n1::Bad\xff\n2::x\n3::y\n"},
+    }
+    for name, files in sets.items():
+        data = load(write(tmp_path / name, files))
+        assert {"Café", "Badÿ"} <= set(data.titles), name
+        assert data.reading and data.reading.latin1_lines == 1
+        assert notes(data)[-1] == "read as Latin-1: 1 lines of the items' file that are not UTF-8"
+    data = load(tmp_path / "llara")
+    assert ("lines read as Latin-1, not UTF-8", "1 in the items' file") in inspection(data, DataConfig())
+    assert load(write(tmp_path / "published", ML_100K)).titles[1] == "Misérables, Les (1995)"
+
+
+def test_a_byte_order_mark_is_read_in_every_layout(tmp_path: Path) -> None:
+    dat = {"movies.dat": "1::One::x\n", "ratings.dat": "1::1::5::1\n"}
+    layouts = {"ml-1m": dat, "ml-100k": ML_100K, "lastfm": LASTFM, "llara": LLARA, "recbole": RECBOLE, "plain": PLAIN}
+    layouts["amazon"] = AMAZON_2023
+    for name, files in layouts.items():
+        marked = {k: b"\xef\xbb\xbf" + (v if isinstance(v, bytes) else v.encode()) for k, v in files.items()}
+        assert (
+            load(write(tmp_path / name, marked)).sequences == load(write(tmp_path / "without" / name, files)).sequences
+        )
+
+
+def test_users_of_unknown_items_alone_are_counted(tmp_path: Path) -> None:
+    rows = "user,item\n" + "ann,x\nann,y\n" * 10 + "bob,z\nbob,z2\n"
+    data = load(write(tmp_path, {"interactions.csv": rows, "items.csv": "item,title\nx,X\ny,Y\n"}))
+    assert data.user_ids == ("ann",)
+    assert data.reading and data.reading.left_out[:2] == (
+        ("interactions with items that items.csv lacks", 2),
+        ("users of nothing but those", 1),
+    )
 
 
 def test_every_layout_is_detected_and_only_it(tmp_path: Path) -> None:

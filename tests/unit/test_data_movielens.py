@@ -92,6 +92,11 @@ def test_titles_are_one_line_and_different():
     )
 
 
+@pytest.mark.parametrize("blank", "\u3164\u115f\u1160\uffa0\u2800")
+def test_a_title_of_nothing_that_shows_is_none(blank: str):
+    assert unique_titles([f"{blank} {blank}", f"A{blank}"], ["7", "8"]) == ("Untitled [7]", "A")
+
+
 def test_load_dataset_leaves_out_users_of_few_interactions(tmp_path: Path):
     write(tmp_path, movies_csv=MOVIES_CSV, ratings_csv=RATINGS_CSV)
     data = load_dataset(Config(data=DataConfig(path=str(tmp_path), min_interactions=3)))

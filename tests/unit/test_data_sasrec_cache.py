@@ -12,6 +12,7 @@ from coars_fast import build
 from coars_fast.config import Config, SASRecConfig, WorldConfig
 from coars_fast.data.load import load_dataset
 from coars_fast.data.sasrec import SASRec
+from coars_fast.data.splits import make_split
 from coars_fast.progress import Screen
 
 
@@ -25,7 +26,8 @@ def test_runs_share_what_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     def sasrec(name: str, config: Config = config) -> SASRec:
         (tmp_path / name).mkdir(exist_ok=True)
-        return build._sasrec(config, dataset, tmp_path / name, Screen())
+        split = make_split(dataset, config.data)
+        return build._sasrec(config, dataset, split, tmp_path / name, Screen(), only_read=False)
 
     first = sasrec("one")
     for name in ("one", "two"):

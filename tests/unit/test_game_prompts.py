@@ -22,6 +22,7 @@ from coars_fast.game.prompts import (
 )
 
 TITLES = ["Toy Story (1995)", "2001: A Space Odyssey", "300", "Twins", "Twins!", "Amélie", "???", "Se7en", "Heat", "Up"]
+EITHER = pytest.mark.parametrize("prompts", [BRIEF, FULL], ids=["brief", "full"])
 
 
 @pytest.mark.parametrize(
@@ -42,8 +43,9 @@ TITLES = ["Toy Story (1995)", "2001: A Space Odyssey", "300", "Twins", "Twins!",
         ("7. ???", 6),
     ],
 )
-def test_an_item_is_named_by_its_number(named: str, index: int) -> None:
-    assert parse_recommendation(f"Reason: so.\nItem: {named}", TITLES) == index
+@EITHER
+def test_an_item_is_named_by_its_number(prompts: PromptSet, named: str, index: int) -> None:
+    assert parse_recommendation(f"Reason: so.\nItem: {named}", TITLES, prompts) == index
 
 
 @pytest.mark.parametrize(
@@ -63,8 +65,9 @@ def test_an_item_is_named_by_its_number(named: str, index: int) -> None:
         ("1" * 5000 + ". Heat", 8),
     ],
 )
-def test_an_item_is_named_by_its_title_where_the_number_says_nothing(named: str, index: int) -> None:
-    assert parse_recommendation(f"Reason: so.\nItem: {named}", TITLES) == index
+@EITHER
+def test_an_item_is_named_by_its_title_where_its_number_is_none(prompts: PromptSet, named: str, index: int) -> None:
+    assert parse_recommendation(f"Reason: so.\nItem: {named}", TITLES, prompts) == index
 
 
 @pytest.mark.parametrize(
@@ -94,8 +97,9 @@ def test_an_item_is_named_by_its_title_where_the_number_says_nothing(named: str,
         "Items: 3",
     ],
 )
-def test_a_reply_that_names_no_candidate_for_sure_is_invalid(text: str) -> None:
-    assert parse_recommendation(text, TITLES) is None
+@EITHER
+def test_a_reply_that_names_no_candidate_for_sure_is_invalid(prompts: PromptSet, text: str) -> None:
+    assert parse_recommendation(text, TITLES, prompts) is None
 
 
 @pytest.mark.parametrize(
@@ -113,8 +117,9 @@ def test_a_reply_that_names_no_candidate_for_sure_is_invalid(text: str) -> None:
         ("Item: 9. Heat\u2028Item: 10. Up", 8),
     ],
 )
-def test_the_last_item_line_counts(text: str, index: int | None) -> None:
-    assert parse_recommendation(text, TITLES) == index
+@EITHER
+def test_the_last_item_line_counts(prompts: PromptSet, text: str, index: int | None) -> None:
+    assert parse_recommendation(text, TITLES, prompts) == index
 
 
 # Titles that begin with a number, are one, or look like an entry of the list.
@@ -133,8 +138,9 @@ NUMBERS = [
         ("  Heat  ", 8),
     ],
 )
-def test_an_item_is_named_by_its_whole_title(named: str, index: int) -> None:
-    assert parse_recommendation(f"Reason: so.\nItem: {named}", TITLES) == index
+@EITHER
+def test_an_item_is_named_by_its_whole_title(prompts: PromptSet, named: str, index: int) -> None:
+    assert parse_recommendation(f"Reason: so.\nItem: {named}", TITLES, prompts) == index
 
 
 @pytest.mark.parametrize(
@@ -149,7 +155,7 @@ def test_an_item_is_named_by_its_whole_title(named: str, index: int) -> None:
         ("3:10", 7),
         ("9) Nine", 8),
         ("2. Heat", 10),
-        # ... unless it is nothing but digits: then it is the number, as long as a candidate has it.
+        # ... and digits alone name a candidate by its number, unless they are the title of another (below).
         ("5", 4),
         ("6", 5),
         ("77", 9),
@@ -162,14 +168,10 @@ def test_an_item_is_named_by_its_whole_title(named: str, index: int) -> None:
         ("7. 8: The Return", 6),
         ("11. 2. Heat", 10),
         ("10. 77", 9),
-        # Not quite the title: its number counts where it is written as one, else the words do.
         ("21 jump street", 0),
         ("12 angry men, 1957", 1),
         ("2001: a space odyssey", 2),
-        ("3. heat", 2),
-        ("8: the return", 7),
         ("3:10 ", 7),
-        ("3:10!", 2),
         ("21. jump street", 0),
         ("77. 77", 9),
         ("99. Heat", 5),
@@ -178,15 +180,36 @@ def test_an_item_is_named_by_its_whole_title(named: str, index: int) -> None:
         ("2001", None),
     ],
 )
-def test_titles_that_begin_with_a_number(named: str, index: int | None) -> None:
-    assert parse_recommendation(f"Reason: so.\nItem: {named}", NUMBERS) == index
+@EITHER
+def test_titles_that_begin_with_a_number(prompts: PromptSet, named: str, index: int | None) -> None:
+    assert parse_recommendation(f"Reason: so.\nItem: {named}", NUMBERS, prompts) == index
 
 
-def test_digits_alone_are_a_number_before_they_are_a_title() -> None:
+@pytest.mark.parametrize(("named", "title", "number"), [("3. heat", 3, 2), ("8: the return", 6, 7), ("3:10!", 7, 2)])
+def test_not_quite_a_title_that_begins_with_a_number(named: str, title: int, number: int) -> None:
+    """Where the list has numbers, one that is written as such counts; where it has none, the words do."""
+    found = [parse_recommendation(f"Item: {named}", NUMBERS, prompts) for prompts in (BRIEF, FULL)]
+    assert found == [title, number]
+
+
+def test_digits_alone_are_a_title_where_titles_alone_are_listed_and_else_a_number() -> None:
     titles = ["Up", "1", "300", "Heat"]
-    assert parse_recommendation("Item: 1", titles) == 0
-    assert parse_recommendation("Item: 2. 1", titles) == 1
-    assert parse_recommendation("Item: 300", titles) == 2  # no candidate has this number
+    found = [[parse_recommendation(f"Item: {named}", titles, p) for named in ("1", "1.", "3")] for p in (BRIEF, FULL)]
+    assert found == [[1, 1, 2], [0, 0, 2]]
+    for prompts in (BRIEF, FULL):
+        assert parse_recommendation("Item: 2. 1", titles, prompts) == 1
+        assert parse_recommendation("Item: 300", titles, prompts) == 2  # no candidate has this number
+
+
+def test_a_candidate_as_it_is_listed_wins_over_titles_that_look_like_it() -> None:
+    titles = ["Fake", "7: Up", "12", "1. Fake", "4. 1. Fake", "4 1 FAKE", "Heat"]
+    for prompts in (BRIEF, FULL):
+        for index, title in enumerate(titles):
+            assert parse_recommendation(f"Item: {name_item(prompts, index + 1, title)}", titles, prompts) == index
+    brief = {"1. fake": 3, "7: up": 1, "12": 2, "4 1 fake": None, "7. Heat": 6, "2. Fake": 1, "3": 2}
+    full = {"1. fake": 0, "7: up": 6, "1. Fake": 0, "4. 1. Fake": 3, "12": 2, "Fake": 0, "9. Heat": 6}
+    for prompts, named in ((BRIEF, brief), (FULL, full)):
+        assert {text: parse_recommendation(f"Item: {text}", titles, prompts) for text in named} == named
 
 
 def test_brief_prompts_name_an_item_by_its_title_and_full_ones_by_number_and_title() -> None:
@@ -196,12 +219,12 @@ def test_brief_prompts_name_an_item_by_its_title_and_full_ones_by_number_and_tit
     assert format_recommendation("so.", "7. Up") == "Reason: so.\nItem: 7. Up"
 
 
-@pytest.mark.parametrize("prompts", [BRIEF, FULL], ids=["brief", "full"])
+@EITHER
 @pytest.mark.parametrize("titles", [TITLES, [t for t in NUMBERS if t != "5"], ["3. Heat", "Heat", "Up"]])
 def test_what_is_formatted_is_parsed_for_every_candidate(prompts: PromptSet, titles: list[str]) -> None:
     for index, title in enumerate(titles):
         reply = format_recommendation("Item: 1.", name_item(prompts, index + 1, title))
-        assert parse_recommendation(reply, titles) == index
+        assert parse_recommendation(reply, titles, prompts) == index
 
 
 @pytest.mark.parametrize(
@@ -297,7 +320,7 @@ def test_long_garbage_is_read_in_time_that_grows_with_its_length(filler: str) ->
     garbage = filler * 50_000 + "x"
     started = time.perf_counter()
     for text in (garbage, f"Item: {garbage}", f"Action: click\nScore: {garbage}"):
-        assert parse_recommendation(text, TITLES) is None
+        assert parse_recommendation(text, TITLES, FULL) is None
         assert parse_judgement(text) is None
     assert time.perf_counter() - started < 2  # milliseconds; quadratic matching takes minutes
 

@@ -70,7 +70,7 @@ def test_log_probs_are_those_under_the_mask() -> None:
 def test_every_ending_parses(prompts) -> None:
     episode = Episode(tiny.make_task(3), tiny.TITLES, *tiny.tokens(), GameConfig(prompts=prompts))
     for n, text in enumerate(episode_endings(episode)):
-        assert parse_recommendation(f"Reason: why not{text}", episode.candidate_titles) == n
+        assert parse_recommendation(f"Reason: why not{text}", episode.candidate_titles, episode.prompts) == n
     texts = judgement_endings()
     assert len(texts) == len(set(texts)) == 101
     for text in texts:

@@ -13,7 +13,7 @@ from coars_fast.data.world import GENRES, KINDS, MAX_ITEMS, NOUNS, STYLES, draw_
 from coars_fast.errors import ConfigError
 from coars_fast.game import lessons, personas
 from coars_fast.game.lessons import Curriculum, LessonMaker
-from coars_fast.game.prompts import last_field, parse_judgement, parse_recommendation
+from coars_fast.game.prompts import BRIEF, last_field, parse_judgement, parse_recommendation
 from coars_fast.game.template import TextCodec, make_template
 from coars_fast.model.tokenizer import train_tokenizer
 
@@ -62,7 +62,7 @@ def test_a_compound_means_a_style_and_a_genre_and_styles_and_stems_stand_in_orde
 def test_every_title_that_can_be_drawn_is_named_by_itself_alone() -> None:
     titles = draw_titles(MAX_ITEMS, np.random.default_rng(0))
     assert len(set(titles)) == MAX_ITEMS == 50 * 24  # 5 styles of one stem, 5 genres of 2, 24 nouns
-    assert all(parse_recommendation(f"Item: {title}", titles) == n for n, title in enumerate(titles))
+    assert all(parse_recommendation(f"Item: {title}", titles, BRIEF) == n for n, title in enumerate(titles))
     assert not any(";" in title or any(c.isdigit() for c in title) for title in titles)
 
 
@@ -100,7 +100,7 @@ def test_the_scripted_recommender_knows_the_taste_and_follows_fashion_most_of_th
     rng = np.random.default_rng(0)
     assert personas.taste(HISTORY) == ("calm", "space")
     replies = [personas.recommend(HISTORY, CANDIDATES, set(), rng) for _ in range(400)]
-    named = [parse_recommendation(reply, CANDIDATES) for reply in replies]
+    named = [parse_recommendation(reply, CANDIDATES, BRIEF) for reply in replies]
     # Calm and about space: only "Softcomet Letters". By fashion within space: "Grandstar Garden", of the first style.
     assert set(named) == {1, 4}
     assert abs(named.count(4) / 400 - personas.POPULAR_RATE) < 0.08
@@ -125,7 +125,7 @@ def test_what_is_popular_goes_by_style_first_and_by_stem_then(candidates: list[s
 def test_the_scripted_recommender_avoids_what_it_tried() -> None:
     rng = np.random.default_rng(0)
     reply = personas.recommend(HISTORY, CANDIDATES, {"Softcomet Letters"}, rng, popular_rate=0.0)
-    assert parse_recommendation(reply, CANDIDATES) not in (None, 1)
+    assert parse_recommendation(reply, CANDIDATES, BRIEF) not in (None, 1)
 
 
 def test_the_scripted_user_judges_too_leniently() -> None:
@@ -217,7 +217,7 @@ def test_a_recommending_lesson_learns_titles_in_the_words_of_a_reply(maker: Less
     text = maker.codec.decode(lesson.tokens)
     titles = listed_titles(text)
     replies = text.partition("assistant\n")[2].rstrip().split("\nReason:")
-    named = [parse_recommendation(reply, titles) for reply in replies]
+    named = [parse_recommendation(reply, titles, BRIEF) for reply in replies]
     assert len(replies) == 6 and None not in named
     for reply, index in zip(replies, named, strict=True):
         style, genre = reply.partition("likes ")[2].partition(".")[0].split()
