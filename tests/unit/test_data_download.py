@@ -255,8 +255,8 @@ def test_the_command_shows_the_terms_first(
     assert "6 items of items.csv that nobody took" in shown and "100.0%" in shown
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert "\nnote" not in shown
-    program.main(["inspect", str(folder), "--plot", str(tmp_path / "plot.png"), "--candidates", "random24+gt"])
-    assert "data.candidates: random24+gt needs 25 items" in capsys.readouterr().out
+    program.main(["inspect", str(folder), "--plot", str(tmp_path / "plot.png"), "--candidates", "random25+gt"])
+    assert "data.candidates: random25+gt needs 26 items" in capsys.readouterr().out
 
 
 def test_the_command_without_a_name_or_with_a_wrong_one(capsys: pytest.CaptureFixture[str]) -> None:
