@@ -1,8 +1,8 @@
 """Decoding over pages: one step of a batch, the state that it moves on, and CUDA graphs of several steps.
 
 The step is a function of tensors that stay where they are and never looks at their values. On a GPU `STEPS` of them are
-captured in one graph for each bucket of batch sizes and replayed; on a CPU, or for what is rare (two temperatures,
-constrained replies), the same function runs eagerly. The host learns how many replies are over from a pinned number
+captured in one graph for each bucket of batch sizes and replayed; on a CPU, or for what is rare (constrained replies),
+the same function runs eagerly. The host learns how many replies are over from a pinned number
 that arrives while the next replay runs: no step, and no replay, waits for it. Only decoding is ever captured, once for
 all runs: the seed of the noise is a tensor, too.
 
@@ -56,6 +56,8 @@ class DecodeState:
         self.table = torch.full((size, width), pool.scratch_page, dtype=torch.int32, device=device)
         self.lengths = torch.ones(size, dtype=torch.int32, device=device)
         self.seed = torch.zeros(1, dtype=torch.int64, device=device)
+        self.hotter = torch.zeros(size, dtype=torch.bool, device=device)
+        """[B] rows with the second temperature, where there are two."""
         self.goes_on = torch.ones(forward.weights.head.shape[0], dtype=torch.int64, device=device)
         """[V] 1 for tokens that do not end a reply."""
         self.group_offsets = torch.zeros(size + 1, dtype=torch.int32, device=device)
@@ -196,8 +198,14 @@ class Replays:
         return [state.tokens[:1, : len(replies)].T, state.logp[:1, : len(replies)].T]
 
     def _temperatures(self, state: DecodeState, replies: Sequence[PartialReply]) -> Temperatures:
+        """Of the rows. Where there are two, which rows have the second one stands in the state, as a graph needs it."""
         values = [reply.temperature for reply in replies]
-        return Temperatures(values + values[:1] * (state.size - len(values)), self.pool.kv.device)
+        found = Temperatures(values + values[:1] * (state.size - len(values)), self.pool.kv.device)
+        if len(found.others) == 1:
+            ((temperature, rows),) = found.others
+            state.hotter.copy_(rows)
+            found.others = [(temperature, state.hotter)]
+        return found
 
     def _state(self, rows: int) -> DecodeState:
         size = bucket(rows)
@@ -215,9 +223,10 @@ class Replays:
             for index in range(STEPS):
                 state.step(index, temperatures)
 
-        if not self.captures or temperatures.others:
+        others = tuple(temperature for temperature, _ in temperatures.others)
+        if not self.captures or len(others) > 1:
             return eagerly
-        key = (state.size, temperatures.first, state.groups is not None)
+        key = (state.size, temperatures.first, others, state.groups is not None)
         if key not in self._graphs:
             self._graphs[key] = self._capture(state, replies, sampling, eagerly)
         return self._graphs[key].replay

@@ -67,8 +67,11 @@ class PagedMemory:
         fresh = [reply for reply in replies if not reply.ids]
         if fresh:
             self._begin(fresh, sampling)
-        # Neighbours share pages where any do.
-        replies = sorted((r for r in replies if not r.over), key=lambda reply: reply.sequence.pages)
+        # Neighbours share pages where any do. Else in the order given: which pages are free decides nothing.
+        place: dict[int, int] = {}
+        for reply in replies:
+            place.setdefault(reply.sequence.pages[0], len(place))
+        replies = sorted((r for r in replies if not r.over), key=lambda reply: place[reply.sequence.pages[0]])
         over = sum(reply.over for reply in fresh)
         if not replies or over >= until:
             return 0, 0

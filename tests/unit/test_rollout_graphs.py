@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -93,6 +94,30 @@ def test_what_replays_draw_is_what_replies_get() -> None:
     for reply in replies:
         whole = [*reply.view, *reply.ids]
         assert reply.logp == pytest.approx(logp_of(decoder, whole, reply.agent, len(reply.view)), abs=1e-5)
+
+
+def test_a_graph_of_two_temperatures_serves_whichever_rows_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A greedy evaluation draws unreadable replies again. What is captured here stands for a graph: steps that were
+    recorded once, which see nothing but the state's tensors."""
+    _, memory, replies = started(tiny.random_decoder(), [20, 5, 13, 30])
+    replays = memory.replays
+    monkeypatch.setattr(replays, "_capture", lambda state, replies, sampling, steps: SimpleNamespace(replay=steps))
+
+    def drawn(temperatures: tuple[float, ...], *, captures: bool) -> list[Tensor]:
+        replays.captures = captures
+        for reply, temperature in zip(replies, temperatures, strict=True):
+            reply.temperature = temperature
+        return replays.run(replies, SAMPLING, until=99, steps=8)
+
+    assert len(replies) == 4
+    mixed = ((0.0, 1.0, 0.0, 0.0), (1.0, 0.0, 0.0, 1.0), (0.0, 0.0, 1.0, 1.0))
+    for temperatures in (*mixed, (0.0,) * 4, (1.0,) * 4, (0.0, 0.5, 1.0, 0.0)):
+        expected = drawn(temperatures, captures=False)
+        for a, b in zip(drawn(temperatures, captures=True), expected, strict=True):
+            assert torch.equal(a, b)
+    greedy, warm = drawn((0.0,) * 4, captures=False)[0], drawn((1.0,) * 4, captures=False)[0]
+    assert not any(torch.equal(a, b) for a, b in zip(greedy, warm, strict=True)), "rows show which they have"
+    assert {key[1:3] for key in replays._graphs} == {(0.0, ()), (1.0, ()), (0.0, (1.0,))}, "three are rare: no graph"
 
 
 def test_a_replay_more_is_under_way_when_enough_are_over() -> None:
