@@ -114,10 +114,12 @@ def test_cells_are_chosen_by_name_or_by_a_part_of_it(tmp_path: Path) -> None:
         found.select(["ful"])
 
 
-@pytest.mark.parametrize("name", ["default", "world", "movielens", "smoke", "smoke_movielens"])
+@pytest.mark.parametrize("name", ["default", "world", "movielens", "held_out", "credit", "smoke", "smoke_movielens"])
 def test_the_files_that_are_shipped_make_cells_that_a_run_can_be_started_with(name: str) -> None:
-    found = load_experiment(SHIPPED / f"{name}.toml", ["--data.path", "FOLDER"] if "movielens" in name else [])
-    assert found.compare == ("clipped",) and set(found.curves) <= set(found.variants)
+    flags = ["--data.path", "FOLDER"] if "movielens" in name or name == "held_out" else []
+    found = load_experiment(SHIPPED / f"{name}.toml", flags)
+    assert found.compare == ("weight_0" if name == "credit" else "clipped",)
+    assert set(found.curves) <= set(found.variants)
     of_one_seed = [cell for cell in found.cells if cell.seed == found.seeds[0]]
     assert {cell.variant for cell in of_one_seed} == set(found.variants), "the first seed has every variant"
     for cell in of_one_seed:
