@@ -18,7 +18,7 @@ StageSensitivity = Literal["asym", "linear", "log", "none"]
 Excluded = Literal["recommender", "both", "none"]
 CreditForm = Literal["token", "gated", "shuffled", "constant"]
 Reference = Literal["template", "truth", "diagnosis", "other_user", "empty"]
-Rewards = Literal["coupled", "outcome", "none"]
+Rewards = Literal["coupled", "outcome", "form", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,8 @@ class GameConfig:
     after the other, by the same model. F1-disc asks without. The shipped model was never taught to read it."""
     rewards: Rewards = "coupled"
     """`coupled`: Eq. 7 and 8; `outcome`: +1 or -1 by whether an episode's last recommendation was right (recommender,
-    all turns) and whether a turn's label was right (user), nothing excluded; `none`: 0, so only the credit acts."""
+    all turns) and whether a turn's label was right (user), nothing excluded; `form`: -1 for a reply that cannot be
+    read, else 0, so that only the credit says what is right; `none`: 0, so that only the credit acts."""
     reference: Reference = "template"
     """d_t, what only the teacher sees. `template`: right or wrong, the true item, the right action (and with `full`
     prompts the answer that was given); `truth`: the true item or the right action alone; `diagnosis`: the `template`

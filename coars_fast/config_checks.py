@@ -99,9 +99,10 @@ def _contradictions(config: Config) -> list[str]:
             "game.reference: other_user needs episodes of several users in a step; raise train.episodes_per_step",
         ),
         (
-            config.game.reference == "empty" and (config.loss.credit_form != "token" or config.game.rewards == "none"),
+            config.game.reference == "empty"
+            and (config.loss.credit_form != "token" or config.game.rewards in ("form", "none")),
             "game.reference: with empty the credit is 0, which leaves loss.credit_form without effect and game.rewards "
-            "none with nothing to learn from; use --loss.credit-form token and other rewards",
+            "form and none with nothing to learn from; use --loss.credit-form token and other rewards",
         ),
         (
             config.loss.teacher_placement == "engine"
@@ -115,8 +116,9 @@ def _contradictions(config: Config) -> list[str]:
             f"{config.game.reference} can be written; use --loss.teacher-placement trainer",
         ),
         (
-            config.game.rewards == "none" and not config.loss.credit_weight,
-            "game.rewards: none leaves the credit alone to learn from, but loss.credit_weight is 0; raise it",
+            config.game.rewards in ("form", "none") and not config.loss.credit_weight,
+            f"game.rewards: {config.game.rewards} leaves the credit alone to learn from, but loss.credit_weight is 0; "
+            "raise it",
         ),
         (
             config.loss.credit_form != "token" and not config.loss.credit_weight,

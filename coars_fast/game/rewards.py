@@ -101,18 +101,22 @@ def final_reward(
     judgement: Judgement | None,
     user_spoke: bool,
 ) -> TurnReward:
-    """What a turn has earned once its episode is over, by `game.rewards`. Both controls are our choice.
+    """What a turn has earned once its episode is over, by `game.rewards`. The controls are our choice.
 
     `coupled`: what it is. `outcome`: in each turn the recommender earns 1 if the episode's last recommendation was
     right (`solved`), else -1; the user agent 1 if it accepted the truth or turned down anything else, else -1. An
-    invalid reply earns -1 here too; nothing is excluded. `none`: 0, also of an invalid reply; what the exclusion rule
-    leaves out stays left out, so that only the rewards are missing.
+    invalid reply earns -1 here too; nothing is excluded. `form`: -1 of an invalid reply, 0 of others; `none`: 0 of all.
+    What the exclusion rule leaves out stays left out under both, so that only the rewards are missing.
     """
     if kind == "coupled":
         return coupled
-    if kind == "none":
-        rec, user = (None if reward is None else 0.0 for reward in (coupled.rec, coupled.user))
-        return replace(coupled, rec=rec, user=user)
+    if kind in ("form", "none"):
+        invalid = INVALID_REWARD if kind == "form" else 0.0
+        return replace(
+            coupled,
+            rec=None if coupled.rec is None else 0.0 if rec_valid else invalid,
+            user=None if coupled.user is None else 0.0 if judgement is not None else invalid,
+        )
     right = judgement is not None and judgement.positive == hit
     return replace(
         coupled,

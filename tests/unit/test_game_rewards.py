@@ -211,6 +211,12 @@ def test_without_rewards_every_turn_earns_nothing_and_exclusion_stays() -> None:
     assert [(r.rec, r.user) for r in rewards_of("none", "no item", "no item")] == [(0.0, None)] * 2
 
 
+def test_rewards_for_the_form_are_those_of_invalid_replies_alone() -> None:
+    assert [(r.rec, r.user) for r in rewards_of("form", *MISS_THEN_HIT)] == [(None, 0.0), (0.0, 0.0)]
+    found = rewards_of("form", "no item", recommend("Delta"), "no action")
+    assert [(r.rec, r.user) for r in found] == [(-1.0, None), (0.0, -1.0)]
+
+
 def test_coupled_rewards_are_those_of_the_turns() -> None:
     first, second = rewards_of("coupled", *MISS_THEN_HIT, stage="none", alpha=0.0)
     assert (first.rec, first.user) == (None, pytest.approx(-0.2))
@@ -218,5 +224,6 @@ def test_coupled_rewards_are_those_of_the_turns() -> None:
 
 
 def test_no_rewards_and_no_credit_are_refused() -> None:
-    with pytest.raises(ConfigError, match="^game.rewards: none .* loss.credit_weight is 0"):
-        check(Config(game=GameConfig(rewards="none"), loss=LossConfig(credit_weight=0.0)))
+    for kind in ("form", "none"):
+        with pytest.raises(ConfigError, match=f"^game.rewards: {kind} .* loss.credit_weight is 0"):
+            check(Config(game=GameConfig(rewards=kind), loss=LossConfig(credit_weight=0.0)))
