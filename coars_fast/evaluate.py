@@ -252,7 +252,7 @@ def evaluate_run(options: EvaluateConfig) -> Path:
         changes["constrained"] = True
     screen = Screen()
     parts = load_run(config, folder, screen)
-    if changes:
+    if data != config.data:
         parts = evaluated_by(parts, data, screen)
     with screen.bar("evaluation", 100) as advance:
         found = evaluate(parts, progress=lambda part, done, of: advance(100 * done // of, part))

@@ -266,7 +266,7 @@ def finished_evaluation(folder: Path) -> dict:
     """A run's `evaluation.json`, with the users' counts that tables are made from.
 
     Raises:
-        CheckpointError, RunFolderError: it cannot be read.
+        RunFolderError: it cannot be read, or has no such counts.
     """
     path = folder / "evaluation.json"
     record = read_json(path) if path.is_file() else {}
